@@ -1,0 +1,246 @@
+"""The one call: eigendistortions of an operator, each with its certificate.
+
+>>> import torch, fisherop as fo
+>>> F = fo.FisherOperator(torch.nn.Linear(6, 4), torch.zeros(6))
+>>> r = fo.eigendistortions(F, k=2, which="BE")
+>>> r.index, r.converged, r.nullity
+(array([0, 5]), array([ True,  True]), 2)
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fisherop.operators import RowOperator
+from fisherop.result import ConvergenceWarning, Eigendistortions
+from fisherop.solvers import BACKENDS, Control, Found, Progress, Request, exact
+from fisherop.solvers.contract import gram, orthonormal, symmetric
+
+WHICH = ("LM", "LA", "SM", "SA", "BE")
+DENSE_ORDER = 512
+DENSE_BYTES = 1 << 30
+
+
+def eigendistortions(
+    op: Any,
+    k: int = 2,
+    which: str = "BE",
+    method: str = "auto",
+    *,
+    tol: float | None = None,
+    maxiter: int | None = None,
+    v0: Tensor | NDArray[Any] | None = None,
+    rng: Any = None,
+    callback: Callable[[Progress], object] | None = None,
+) -> Eigendistortions:
+    """Find the distortions that a model notices most and least: extreme eigenpairs of its Fisher matrix, with proof.
+
+    Parameters
+    ----------
+    op : FisherOperator, LinearOperator, sparse or dense matrix
+        Any n x n real symmetric positive semidefinite operator.
+    k : int, optional
+        Pairs in all, 1 to n.
+    which : {"BE", "LM", "LA", "SM", "SA"}, optional
+        As in SciPy: "LM" or "LA" the k largest, "SM" or "SA" the k smallest, "BE" half from each end with the odd
+        one from the top.
+    method : str, optional
+        "exact" (dense, of the short side's size), "arpack", "lobpcg", "power", "randomized_svd" (largest only), or
+        "auto": exact where that is small, else ARPACK.
+    tol : float, optional
+        A pair is converged when ``||F v - lambda v|| <= tol * lambda_max``, for every method. By default
+        ``max(1e-6, 100 * eps)`` of the operator's dtype.
+    maxiter : int, optional
+        Most steps to take, a step being one product of F with a block of vectors. Has no meaning for "exact".
+    v0 : Tensor or ndarray, optional
+        One or more vectors to start from, in image shape or as rows of length n: the eigendistortions of an earlier
+        result resume its work.
+    rng : optional
+        Anything `numpy.random.default_rng` takes; the same seed gives the same answer.
+    callback : callable, optional
+        Called with a `Progress` (iteration, n_matvec, residuals) after every step; returning True stops the work
+        and returns the best pairs so far.
+
+    Returns
+    -------
+    Eigendistortions
+        Pairs in order of descending eigenvalue, with residuals from fresh products. Tensors for a Fisher operator
+        or a tensor, NumPy arrays for anything else.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument that makes no sense; the message says what to change.
+
+    Warns
+    -----
+    ConvergenceWarning
+        Where a pair's residual is above the tolerance. The best pairs are returned all the same.
+
+    Examples
+    --------
+    >>> import numpy as np, fisherop as fo
+    >>> r = fo.eigendistortions(np.diag([4.0, 3.0, 0.0]), k=3)
+    >>> r.eigenvalues
+    array([4., 3., 0.])
+    >>> r.converged.all(), r.nullity
+    (np.True_, 1)
+    """
+    operator = RowOperator(op)
+    request = _checked_request(operator, k, which, tol, v0, rng)
+    name, reason = _choose(operator, request) if method == "auto" else (method, "")
+    backend = BACKENDS[_known(name, ("auto", *BACKENDS), "method")]
+    if request.smallest and not backend.smallest:
+        raise ValueError(f"method {name!r} finds the largest pairs only: use which='LM', or another method")
+    if maxiter is not None and maxiter < 1:
+        raise ValueError(f"maxiter must be at least 1, not {maxiter}")
+    control = Control(operator, maxiter or backend.maxiter, callback)
+    found = backend.solve(operator, request, control)
+    result = certify(operator, request, found, name, reason)
+    if result.lambda_max == 0:
+        warnings.warn("F = 0: every direction is a null direction, and these are arbitrary ones", stacklevel=2)
+    elif not result.converged.all():
+        warnings.warn(_advice(result, control, name), ConvergenceWarning, stacklevel=2)
+    return result
+
+
+def certify(op: RowOperator, request: Request, found: Found, method: str, reason: str = "") -> Eigendistortions:
+    """Judge a solver's vectors by fresh products: nothing that a solver says of its own residuals is believed.
+
+    Values are the squared singular values of L X where F = L^T L is known, for these keep digits that X^T F X loses
+    to rounding; else they are Ritz values. Residual bounds: Parlett (1998), "The symmetric eigenvalue problem",
+    theorem 4.5.1, with an allowance for rounding in the products.
+    """
+    x = orthonormal(found.vectors)
+    if len(x) < request.k:
+        x = torch.cat([x, orthonormal(op.random_rows(request.k - len(x), request.rng), x)])
+    if op.factored:
+        images = op.factor(x)
+        padded = torch.nn.functional.pad(images.double(), (0, max(0, len(x) - images.shape[1])))
+        mix, singular, _ = torch.linalg.svd(padded, full_matrices=False)
+        values = singular**2
+        products = op.factor_adjoint(mix.T.to(x.dtype) @ images)
+    else:
+        products = op.rows(x)
+        values, mix = (part.flip(-1) for part in torch.linalg.eigh(symmetric(gram(x, products))))
+        products = mix.T.to(x.dtype) @ products
+    x = mix.T.to(x.dtype) @ x
+    norms = (products.double() - values[:, None] * x.double()).norm(dim=1)
+    lambda_max = max(found.lambda_max, float(values[0]), 0.0)
+    rounding = 32 * torch.finfo(op.dtype).eps * lambda_max
+    bounds = torch.stack([(values - norms - rounding).clamp(min=0), values + norms + rounding], dim=1)
+    residuals = norms / lambda_max if lambda_max > 0 else torch.zeros_like(norms)
+    converged = residuals <= request.tol
+    nullity, known = _nullity(op, request, found, values, converged, lambda_max)
+    words = [
+        f"{method}: {int(converged.sum())} of {request.k} pairs converged to {request.tol:.1e} "
+        f"in {op.n_matvec} products",
+        reason,
+        found.note,
+        f"the null space has dimension {nullity}" + ("" if known else " or more") if nullity else "",
+    ]
+    return Eigendistortions(
+        eigenvalues=values.cpu().numpy(),
+        eigendistortions=_in_shape(op, _signed(x)),
+        index=np.array([*range(request.largest), *range(op.n - request.smallest, op.n)]),
+        residuals=residuals.cpu().numpy(),
+        converged=converged.cpu().numpy(),
+        eigenvalue_bounds=bounds.cpu().numpy(),
+        n_matvec=op.n_matvec,
+        method=method,
+        tol=request.tol,
+        message="; ".join(word for word in words if word) + ".",
+        nullity=nullity,
+        lambda_max=lambda_max,
+        image=op.image,
+    )
+
+
+def _nullity(
+    op: RowOperator, request: Request, found: Found, values: Tensor, converged: Tensor, lambda_max: float
+) -> tuple[int, bool]:
+    """Return the dimension of the null space as far as it is known, and whether that is all of it."""
+    if found.nullity is not None:
+        return found.nullity, True
+    # An eigenvector's image under F is zero to rounding; a Ritz value that is merely small proves nothing.
+    zeros = int((converged & (values <= 4 * torch.finfo(op.dtype).eps * lambda_max))[request.largest :].sum())
+    return max(op.n - op.m if op.m else 0, zeros, 0), False
+
+
+def _choose(op: RowOperator, request: Request) -> tuple[str, str]:
+    order = exact.size(op)
+    if order <= DENSE_ORDER and exact.n_bytes(op) <= DENSE_BYTES or order <= 20 * request.k:
+        return "exact", f"chosen for its dense problem of order {order}"
+    return "arpack", f"chosen because a dense problem of order {order} would cost more"
+
+
+def _checked_request(op: RowOperator, k: int, which: str, tol: float | None, v0: Any, rng: Any) -> Request:
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
+        raise TypeError(f"k must be a whole number, not {k!r}")
+    if not 1 <= k <= op.n:
+        raise ValueError(f"k must lie between 1 and n = {op.n}, not {k}")
+    which = _known(which, WHICH, "which")
+    smallest = {"L": 0, "S": int(k), "B": int(k) // 2}[which[0]]
+    if tol is None:
+        tol = max(1e-6, 100 * torch.finfo(op.dtype).eps)
+    if not 0 < tol < 1:
+        raise ValueError(f"tol is relative to the largest eigenvalue and must lie between 0 and 1, not {tol}")
+    try:
+        generator = np.random.default_rng(rng)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"rng must be a whole number or a numpy.random.Generator, not {rng!r}") from error
+    return Request(int(k) - smallest, smallest, float(tol), generator, None if v0 is None else _start_rows(op, v0))
+
+
+def _start_rows(op: RowOperator, v0: Any) -> Tensor:
+    rows = op.tensor(v0.detach() if isinstance(v0, Tensor) else np.asarray(v0))
+    if rows.numel() == 0 or rows.numel() % op.n:
+        raise ValueError(f"v0 of shape {tuple(rows.shape)} does not hold vectors of length n = {op.n}")
+    if rows.ndim == 2 and rows.shape[0] == op.n != rows.shape[1]:
+        rows = rows.T
+    rows = rows.reshape(-1, op.n)
+    if not torch.isfinite(rows).all() or not bool((rows.norm(dim=1) > 0).all()):
+        raise ValueError("v0 must be finite, and no vector of it zero")
+    return rows
+
+
+def _known(name: Any, names: tuple[str, ...], what: str) -> str:
+    if name in names:
+        return str(name)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f": did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{what} must be one of {', '.join(names)}, not {name!r}{hint}")
+
+
+def _signed(x: Tensor) -> Tensor:
+    """Give every row the sign that makes its entry of largest magnitude positive."""
+    largest = x.gather(1, x.abs().argmax(dim=1, keepdim=True))
+    return torch.where(largest < 0, -x, x)
+
+
+def _in_shape(op: RowOperator, x: Tensor) -> Any:
+    if op.image is None:
+        return x if isinstance(op.source, Tensor) else x.numpy()
+    shape = op.image.shape
+    return x.reshape(len(x), *(shape[1:] if len(shape) > 1 and shape[0] == 1 else shape))
+
+
+def _advice(result: Eigendistortions, control: Control, method: str) -> str:
+    worst = result.residuals.max()
+    missed = f"{int((~result.converged).sum())} of {len(result)} pairs did not reach tol={result.tol:.1e} (worst {worst:.1e})"
+    if control.stopped:
+        return f"{missed}: the callback stopped {method!r}; pass v0=result.eigendistortions to go on"
+    if control.iteration >= control.maxiter and method != "exact":
+        return (
+            f"{missed} within {control.iteration} steps of {method!r}: raise maxiter, pass "
+            "v0=result.eigendistortions to go on, or try another method"
+        )
+    return f"{missed}, which is {method!r}'s floor in {control.op.dtype}: loosen tol, or use a float64 image and model"

@@ -1,0 +1,418 @@
+"""Jacobian and Fisher matrix of a model at an image, as SciPy linear operators.
+
+>>> import torch, fisherop as fo
+>>> F = fo.FisherOperator(torch.nn.Linear(3, 2), torch.zeros(3))
+>>> F
+<3x3 FisherOperator with dtype=float32>
+>>> (F @ torch.ones(3)).shape
+torch.Size([3])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import issparse
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from fisherop.linearize import Linearization, Product
+from fisherop.noise import Gaussian, Noise
+
+NUMPY_DTYPE = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+
+
+class TensorOperator(LinearOperator):  # type: ignore[misc]
+    """A SciPy operator made of two products with the rows of a torch block.
+
+    NumPy arrays in, NumPy arrays out; tensors in, tensors out, on the device they came from; always in the
+    operator's dtype. Vectors, columns, adjoint and transpose follow SciPy's conventions.
+    """
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(NUMPY_DTYPE[dtype], shape)
+        self.torch_dtype = dtype
+        self.device = device
+
+    def rows(self, block: Tensor) -> Tensor:
+        """Multiply every row of a (b, n) tensor on the operator's device: returns (b, m)."""
+        raise TypeError(f"{type(self).__name__} does not say how it multiplies rows")
+
+    def adjoint_rows(self, block: Tensor) -> Tensor:
+        """Multiply every row of a (b, m) tensor by the transpose: returns (b, n)."""
+        raise TypeError(f"{type(self).__name__} does not say how its transpose multiplies rows")
+
+    def matvec(self, x: Any) -> Any:
+        """Multiply a vector of shape (n,)."""
+        return self._on_tensor(x, adjoint=False) if isinstance(x, Tensor) else super().matvec(x)
+
+    def matmat(self, X: Any) -> Any:
+        """Multiply the columns of an (n, b) matrix."""
+        return self._on_tensor(X, adjoint=False) if isinstance(X, Tensor) else super().matmat(_dense(X))
+
+    def rmatvec(self, x: Any) -> Any:
+        """Multiply a vector of shape (m,) by the transpose."""
+        return self._on_tensor(x, adjoint=True) if isinstance(x, Tensor) else super().rmatvec(x)
+
+    def rmatmat(self, X: Any) -> Any:
+        """Multiply the columns of an (m, b) matrix by the transpose."""
+        return self._on_tensor(X, adjoint=True) if isinstance(X, Tensor) else super().rmatmat(_dense(X))
+
+    def dot(self, x: Any) -> Any:
+        """Multiply a vector, the columns of a matrix, a number or another operator."""
+        return self._on_tensor(x, adjoint=False) if isinstance(x, Tensor) else super().dot(_dense(x))
+
+    def __matmul__(self, x: Any) -> Any:
+        return self.dot(x) if isinstance(x, Tensor) else super().__matmul__(x)
+
+    def _matvec(self, x: NDArray[Any]) -> NDArray[Any]:
+        return self._on_vectors(x, adjoint=False)
+
+    def _rmatvec(self, x: NDArray[Any]) -> NDArray[Any]:
+        return self._on_vectors(x, adjoint=True)
+
+    def _matmat(self, X: NDArray[Any]) -> NDArray[Any]:
+        return self._on_columns(X, adjoint=False)
+
+    def _rmatmat(self, X: NDArray[Any]) -> NDArray[Any]:
+        return self._on_columns(X, adjoint=True)
+
+    def _adjoint(self) -> LinearOperator:
+        return Adjoint(self)
+
+    def _transpose(self) -> LinearOperator:
+        return Adjoint(self)
+
+    def _on_vectors(self, x: NDArray[Any], *, adjoint: bool) -> NDArray[Any]:
+        inner = self.shape[0 if adjoint else 1]
+        batch = x.shape[:-1] if x.shape[-1] == inner else ()
+        result = self._on_rows(x.reshape(-1, inner), adjoint=adjoint)
+        return result.reshape(*batch, result.shape[-1])
+
+    def _on_columns(self, X: NDArray[Any], *, adjoint: bool) -> NDArray[Any]:
+        rows = np.swapaxes(X, -1, -2)
+        result = self._on_rows(rows.reshape(-1, rows.shape[-1]), adjoint=adjoint)
+        return np.swapaxes(result.reshape(*rows.shape[:-1], result.shape[-1]), -1, -2)
+
+    def _on_rows(self, rows: NDArray[Any], *, adjoint: bool) -> NDArray[Any]:
+        if np.iscomplexobj(rows):
+            real, imag = (self._on_rows(part, adjoint=adjoint) for part in (rows.real, rows.imag))
+            return cast(NDArray[Any], real + 1j * imag)
+        # A copy: solvers pass views of their workspace, and a product may return what it was given.
+        own = torch.from_numpy(np.array(rows, dtype=self.dtype, order="C")).to(self.device)
+        return self._product(adjoint)(own).cpu().numpy()
+
+    def _on_tensor(self, x: Tensor, *, adjoint: bool) -> Tensor:
+        inner = self.shape[0 if adjoint else 1]
+        if x.ndim not in (1, 2) or len(x) != inner:
+            raise ValueError(f"this product takes a tensor of shape ({inner},) or ({inner}, b), not {tuple(x.shape)}")
+        if x.is_complex():
+            return torch.complex(self._on_tensor(x.real, adjoint=adjoint), self._on_tensor(x.imag, adjoint=adjoint))
+        own = x.detach().reshape(inner, -1).T.to(self.device, self.torch_dtype, copy=True).contiguous()
+        result = self._product(adjoint)(own).to(x.device)
+        return result[0] if x.ndim == 1 else result.T
+
+    def _product(self, adjoint: bool) -> Product:
+        return self.adjoint_rows if adjoint else self.rows
+
+
+class Adjoint(TensorOperator):
+    """The transpose of a real operator."""
+
+    def __init__(self, op: TensorOperator) -> None:
+        super().__init__((op.shape[1], op.shape[0]), op.torch_dtype, op.device)
+        self.args = (op,)
+
+    def rows(self, block: Tensor) -> Tensor:
+        """Multiply every row by the transpose."""
+        return self.args[0].adjoint_rows(block)
+
+    def adjoint_rows(self, block: Tensor) -> Tensor:
+        """Multiply every row by the operator itself."""
+        return self.args[0].rows(block)
+
+    def _adjoint(self) -> LinearOperator:
+        return self.args[0]
+
+    def _transpose(self) -> LinearOperator:
+        return self.args[0]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Adjoint, self.args
+
+
+class ModelOperator(TensorOperator):
+    """What the Jacobian and the Fisher operator share: a linearization, and how far it has been used."""
+
+    def __init__(self, linearization: Linearization, shape: tuple[int, int]) -> None:
+        super().__init__(shape, linearization.dtype, linearization.device)
+        self.linearization = linearization
+
+    @property
+    def image(self) -> Tensor:
+        """The point of linearization."""
+        return self.linearization.image
+
+    @property
+    def response(self) -> Tensor:
+        """The model's response there, flattened to shape (m,)."""
+        return self.linearization.response
+
+    @property
+    def strategy(self) -> str:
+        """How autograd serves the products."""
+        return self.linearization.strategy
+
+
+class JacobianOperator(ModelOperator):
+    """How a model's response changes with its image: the m x n matrix of derivatives, never stored.
+
+    Parameters
+    ----------
+    model : callable
+        An ``nn.Module`` in evaluation mode or any function of one tensor. It returns a real or complex tensor, or a
+        tuple, list or dict of them: flattened and concatenated to m real numbers, a complex number as (real,
+        imaginary).
+    image : Tensor
+        float32 or float64, any shape, n entries; a 4-D image has a batch dimension of 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where the model cannot be linearized at this image; the message says why and what to do.
+
+    Notes
+    -----
+    The operator is the Jacobian at the time it was made: later changes of image or weights are not followed.
+    A pickled operator carries model and image, and linearizes again where it is loaded.
+
+    Examples
+    --------
+    >>> import torch, fisherop as fo
+    >>> J = fo.JacobianOperator(lambda x: x**2, torch.tensor([1.0, 2.0]))
+    >>> J @ torch.eye(2)
+    tensor([[2., 0.],
+            [0., 4.]])
+    """
+
+    def __init__(self, model: Callable[[Tensor], Any], image: Tensor) -> None:
+        linearization = Linearization(model, image)
+        super().__init__(linearization, linearization.shape)
+
+    def rows(self, block: Tensor) -> Tensor:
+        """Multiply every row of a (b, n) tensor by J: returns (b, m)."""
+        return self.linearization.jvp(block)
+
+    def adjoint_rows(self, block: Tensor) -> Tensor:
+        """Multiply every row of a (b, m) tensor by the transpose of J: returns (b, n)."""
+        return self.linearization.vjp(block)
+
+    @property
+    def n_matvec(self) -> int:
+        """Vectors multiplied so far by J."""
+        return self.linearization.n_jvp
+
+    @property
+    def n_rmatvec(self) -> int:
+        """Vectors multiplied so far by the transpose of J."""
+        return self.linearization.n_vjp
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return JacobianOperator, (self.linearization.model, self.image)
+
+
+class FisherOperator(ModelOperator):
+    """Fisher information of a model about its image: F = J^T W J, n x n, symmetric, positive semidefinite.
+
+    Its eigenvectors are the distortions of the image that the model notices most (largest eigenvalue) and least
+    (smallest). A product costs one pass forward and one backward through the linearized model.
+
+    Parameters
+    ----------
+    model : callable
+        An ``nn.Module`` in evaluation mode or any function of one tensor; see `JacobianOperator`.
+    image : Tensor
+        float32 or float64, any shape, n entries; a 4-D image has a batch dimension of 1.
+    noise : optional
+        The noise of the responses, which gives their precision W: one of `fisherop.noise`, by default
+        ``Gaussian()``, for which W is the identity.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where the model cannot be linearized at this image; the message says why and what to do.
+
+    Notes
+    -----
+    The operator is the Fisher matrix at the time it was made: later changes of image or weights are not followed.
+    A pickled operator carries model, image and noise, and linearizes again where it is loaded.
+
+    References
+    ----------
+    Berardino, Laparra, Balle, Simoncelli (2017), "Eigen-distortions of hierarchical representations", eq. 2.
+
+    Examples
+    --------
+    >>> import torch, fisherop as fo
+    >>> F = fo.FisherOperator(lambda x: x**2, torch.tensor([1.0, 2.0]))
+    >>> F @ torch.eye(2)
+    tensor([[ 4.,  0.],
+            [ 0., 16.]])
+    """
+
+    def __init__(self, model: Callable[[Tensor], Any], image: Tensor, noise: Noise | None = None) -> None:
+        linearization = Linearization(model, image)
+        n = linearization.shape[1]
+        super().__init__(linearization, (n, n))
+        self.noise = Gaussian() if noise is None else noise
+        self.precision = self.noise.at(linearization.response)
+
+    def rows(self, block: Tensor) -> Tensor:
+        """Multiply every row of a (b, n) tensor by F."""
+        return self.linearization.vjp(self.precision.apply(self.linearization.jvp(block)))
+
+    def adjoint_rows(self, block: Tensor) -> Tensor:
+        """Multiply every row by the transpose of F, which is F."""
+        return self.rows(block)
+
+    def factor_rows(self, block: Tensor) -> Tensor:
+        """Multiply every row of a (b, n) tensor by W^(1/2) J, the factor of F = (W^(1/2) J)^T (W^(1/2) J)."""
+        return self.precision.root(self.linearization.jvp(block))
+
+    def factor_adjoint_rows(self, block: Tensor) -> Tensor:
+        """Multiply every row of a (b, m) tensor by the transpose of W^(1/2) J."""
+        return self.linearization.vjp(self.precision.root_transpose(block))
+
+    @property
+    def n_matvec(self) -> int:
+        """Products with F so far; half a product, a pass in one direction, is rounded up."""
+        return (self.linearization.n_jvp + self.linearization.n_vjp + 1) // 2
+
+    def _adjoint(self) -> LinearOperator:
+        return self
+
+    def _transpose(self) -> LinearOperator:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FisherOperator, (self.linearization.model, self.image, self.noise)
+
+
+class RowOperator:
+    """A symmetric positive semidefinite matrix as solvers see it: products with rows of a block, counted.
+
+    Parameters
+    ----------
+    op : FisherOperator, LinearOperator, sparse or dense matrix
+        Any n x n symmetric positive semidefinite operator. Anything but a tensor or a Fisher operator is applied
+        through SciPy, on the host.
+
+    Attributes
+    ----------
+    n : int
+    m : int or None
+        Length of the factor's output, where F = L^T L is known in factored form.
+    dtype, device
+        Those of the rows.
+    n_matvec : int
+        Products so far.
+    """
+
+    def __init__(self, op: Any) -> None:
+        self.source = op
+        self.m: int | None = None
+        self._half_products = 0
+        self.image: Tensor | None = None
+        self.device = torch.device("cpu")
+        if isinstance(op, FisherOperator):
+            self.m, self.image = op.linearization.shape[0], op.image
+            self.n, self.dtype, self.device = op.shape[0], op.torch_dtype, op.device
+            self._product: Product = op.rows
+        else:
+            self.n = _square(op)
+            self.dtype, self._product = _foreign_product(op)
+            if isinstance(op, Tensor):
+                self.device = op.device
+            self._check_symmetric()
+
+    @property
+    def n_matvec(self) -> int:
+        return (self._half_products + 1) // 2
+
+    @property
+    def factored(self) -> bool:
+        """Tell whether F = L^T L is known, so that half products are to be had."""
+        return self.m is not None
+
+    def rows(self, block: Tensor) -> Tensor:
+        """Multiply every row by F."""
+        self._half_products += 2 * len(block)
+        return _finite(self._product(block))
+
+    def factor(self, block: Tensor) -> Tensor:
+        """Multiply every row of (b, n) by L."""
+        self._half_products += len(block)
+        return _finite(self.source.factor_rows(block))
+
+    def factor_adjoint(self, block: Tensor) -> Tensor:
+        """Multiply every row of (b, m) by the transpose of L."""
+        self._half_products += len(block)
+        return _finite(self.source.factor_adjoint_rows(block))
+
+    def random_rows(self, count: int, rng: np.random.Generator) -> Tensor:
+        """Draw Gaussian rows, the same on every device."""
+        return self.tensor(rng.standard_normal((count, self.n)))
+
+    def tensor(self, array: NDArray[Any]) -> Tensor:
+        """Bring an array to the rows' dtype and device."""
+        return torch.as_tensor(array).to(self.device, self.dtype)
+
+    def _check_symmetric(self) -> None:
+        """Compare <u, F v> with <v, F u>, and look for a negative <v, F v>."""
+        pair = self.random_rows(2, np.random.default_rng(0))
+        product = self.rows(pair).double()
+        self._half_products = 0
+        gram = pair.double() @ product.T
+        rounding = 1e3 * torch.finfo(self.dtype).eps * pair.double().norm() * product.norm()
+        if abs(gram[0, 1] - gram[1, 0]) > rounding:
+            raise ValueError("the operator is not symmetric: pass J.T @ J, or the symmetric part of the matrix")
+        if gram.diagonal().min() < -rounding:
+            raise ValueError("the operator is not positive semidefinite: v'Fv is negative for some v")
+
+
+def _square(op: Any) -> int:
+    shape = getattr(op, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+        raise TypeError(
+            "op must be a square symmetric positive semidefinite operator: a FisherOperator, a SciPy LinearOperator, "
+            f"or a dense or sparse matrix, not {type(op).__name__}" + (f" of shape {tuple(shape)}" if shape else "")
+        )
+    return int(shape[0])
+
+
+def _foreign_product(op: Any) -> tuple[torch.dtype, Product]:
+    """Return dtype and row product of a tensor, an array, a sparse matrix or a SciPy operator."""
+    if isinstance(op, Tensor):
+        matrix = op.detach() if op.dtype in NUMPY_DTYPE else op.detach().double()
+        return matrix.dtype, lambda block: block @ matrix.T
+    dtype = np.dtype(getattr(op, "dtype", None) or np.float64)
+    if dtype.kind == "c":
+        raise TypeError("a complex operator has no place here: write it as real pairs")
+    torch_dtype = torch.float32 if dtype in (np.float16, np.float32) else torch.float64
+    if isinstance(op, np.ndarray):
+        return torch_dtype, _foreign_product(torch.from_numpy(op.astype(NUMPY_DTYPE[torch_dtype])))[1]
+    return torch_dtype, lambda block: torch.from_numpy(np.asarray(op @ block.numpy().T).T).to(block).contiguous()
+
+
+def _finite(block: Tensor) -> Tensor:
+    if not torch.isfinite(block).all():
+        raise ValueError("a product with the operator holds NaN or infinity: rescale the model's response")
+    return block
+
+
+def _dense(x: Any) -> Any:
+    return x.toarray() if issparse(x) else x

@@ -1,0 +1,149 @@
+"""What every solver call returns: eigenpairs, and the proof that comes with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+FORMAT = 1
+
+
+class ConvergenceWarning(UserWarning):
+    """Some pairs of a result did not reach the tolerance; its message says what to change."""
+
+
+@dataclass(frozen=True, eq=False)
+class Eigendistortions:
+    """Eigenpairs of a Fisher matrix, largest eigenvalue first, each with its residual.
+
+    Attributes
+    ----------
+    eigenvalues : ndarray of float64, shape (k,)
+        Descending, in units of squared response per squared image over the noise's variance.
+    eigendistortions : Tensor or ndarray, shape (k, ...)
+        Unit norm, in the image's shape: k takes the place of a leading dimension of 1, else it is put in front.
+    index : ndarray of int, shape (k,)
+        Position in the whole spectrum: 0 the largest, n - 1 the smallest.
+    residuals : ndarray of float64, shape (k,)
+        ``||F v - lambda v|| / lambda_max``, from products made after the solver was done.
+    converged : ndarray of bool, shape (k,)
+        ``residuals <= tol``.
+    eigenvalue_bounds : ndarray of float64, shape (k, 2)
+        An interval that holds a true eigenvalue of F.
+    n_matvec : int
+        Products with F used, those of the proof included.
+    method : str
+        The backend that served.
+    tol : float
+        The tolerance that the residuals were held to.
+    message : str
+        What was done and found, in words.
+    nullity : int
+        Dimensions along which F is known to vanish; see `message` for whether there may be more.
+    lambda_max : float
+        The largest eigenvalue met; residuals are relative to it.
+    image : Tensor or None
+        The image, where the operator has one.
+    """
+
+    eigenvalues: NDArray[np.float64]
+    eigendistortions: Any
+    index: NDArray[np.int64]
+    residuals: NDArray[np.float64]
+    converged: NDArray[np.bool_]
+    eigenvalue_bounds: NDArray[np.float64]
+    n_matvec: int
+    method: str
+    tol: float
+    message: str
+    nullity: int
+    lambda_max: float
+    image: Tensor | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.eigenvalues)
+
+    def __str__(self) -> str:
+        rows = [f"{'index':>8} {'eigenvalue':>12} {'residual':>10}  converged"]
+        for i, value, residual, converged in zip(
+            self.index, self.eigenvalues, self.residuals, self.converged, strict=True
+        ):
+            rows.append(f"{i:>8} {value:>12.5g} {residual:>10.1e}  {'yes' if converged else 'NO'}")
+        return "\n".join(rows)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the result to a file, as NumPy arrays and text, without pickle.
+
+        Parameters
+        ----------
+        path : path
+            Where to write; by habit it ends in ``.npz``. An existing file is replaced once the new one is whole.
+
+        Examples
+        --------
+        >>> import pathlib, tempfile, torch, fisherop as fo
+        >>> r = fo.eigendistortions(torch.diag(torch.tensor([3.0, 2.0, 1.0])), k=1, which="LM")
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "result.npz"
+        >>> r.save(path)
+        >>> fo.Eigendistortions.load(path).eigenvalues
+        array([3.])
+        """
+        arrays: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in _ARRAYS}
+        facts = {name: getattr(self, name) for name in _FACTS}
+        facts |= {"format": FORMAT, "tensor": isinstance(self.eigendistortions, Tensor)}
+        arrays["eigendistortions"] = _array(self.eigendistortions)
+        if self.image is not None:
+            arrays["image"] = _array(self.image)
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        with open(partial, "wb") as file:
+            np.savez(file, facts=np.array(json.dumps(facts)), **arrays)  # type: ignore[arg-type]
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Eigendistortions:
+        """Read a result that `save` wrote.
+
+        Parameters
+        ----------
+        path : path
+            The file.
+        device : str or torch.device, optional
+            Where the tensors go, whatever device they were computed on.
+
+        Raises
+        ------
+        ValueError
+            For a file that `save` did not write, or wrote in a newer format.
+        """
+        try:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as entries:
+                arrays = dict(entries)
+            facts = json.loads(str(arrays.pop("facts")))
+        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise ValueError(f"{path} is not a result of fisherop, or is damaged: {error}") from error
+        if facts.pop("format") > FORMAT:
+            raise ValueError(f"{path} was written by a newer fisherop: update this one to read it")
+        image = arrays.pop("image", None)
+        if facts.pop("tensor"):
+            arrays["eigendistortions"] = torch.from_numpy(arrays["eigendistortions"]).to(device)
+        return cls(**arrays, **facts, image=None if image is None else torch.from_numpy(image).to(device))
+
+
+_ARRAYS = ("eigenvalues", "index", "residuals", "converged", "eigenvalue_bounds")
+_FACTS = ("n_matvec", "method", "tol", "message", "nullity", "lambda_max")
+
+
+def _array(x: Any) -> NDArray[Any]:
+    return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)

@@ -1,0 +1,30 @@
+"""One backend a file, one signature, one registry: `solve(op, request, control) -> Found`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fisherop.operators import RowOperator
+from fisherop.solvers import arpack, exact, lobpcg, power, randomized_svd
+from fisherop.solvers.contract import Control, Found, Progress, Request
+
+__all__ = ["BACKENDS", "Backend", "Control", "Found", "Progress", "Request"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A solver, how many steps it may take unless told otherwise, and whether it reaches the small end."""
+
+    solve: Callable[[RowOperator, Request, Control], Found]
+    maxiter: int
+    smallest: bool = True
+
+
+BACKENDS = {
+    "exact": Backend(exact.solve, maxiter=1),
+    "arpack": Backend(arpack.solve, maxiter=5000),
+    "lobpcg": Backend(lobpcg.solve, maxiter=1000),
+    "power": Backend(power.solve, maxiter=1000),
+    "randomized_svd": Backend(randomized_svd.solve, maxiter=100, smallest=False),
+}

@@ -1,0 +1,204 @@
+"""What a solver is given and what it gives back, and the few steps of linear algebra that solvers share.
+
+Solvers see an operator, never a model. Vectors are the rows of contiguous (b, n) blocks on the operator's device;
+Gram matrices and small eigenproblems are float64 on the host's side of accuracy whatever the rows are.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fisherop.operators import RowOperator
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a solver has come; `callback` gets one after every step and stops the work by returning True.
+
+    Attributes
+    ----------
+    iteration : int
+        Steps so far, a step being one product with a block.
+    n_matvec : int
+        Products with F so far, counted per vector.
+    residuals : ndarray of float64
+        Current residuals of the wanted pairs relative to the largest eigenvalue; empty where a backend hides them.
+    """
+
+    iteration: int
+    n_matvec: int
+    residuals: NDArray[np.float64]
+
+
+@dataclass
+class Control:
+    """The budget of a solver call, and the line to the caller's callback."""
+
+    op: RowOperator
+    maxiter: int
+    callback: Callable[[Progress], object] | None = None
+    iteration: int = 0
+    stopped: bool = False
+
+    def step(self, residuals: Tensor | None = None) -> bool:
+        """Count one product with a block, report it, and tell whether to stop."""
+        if self.stopped:
+            return True
+        self.iteration += 1
+        if self.callback is not None:
+            shown = np.zeros(0) if residuals is None else residuals.double().cpu().numpy()
+            self.stopped = self.callback(Progress(self.iteration, self.op.n_matvec, shown)) is True
+        return self.stopped or self.iteration >= self.maxiter
+
+
+@dataclass(frozen=True)
+class Request:
+    """The pairs wanted, and how well.
+
+    Attributes
+    ----------
+    largest, smallest : int
+        How many pairs from each end.
+    tol : float
+        Residual relative to the largest eigenvalue.
+    v0 : Tensor of shape (b, n) or None
+        Rows to start from.
+    rng : numpy Generator
+        The only source of randomness.
+    """
+
+    largest: int
+    smallest: int
+    tol: float
+    rng: np.random.Generator
+    v0: Tensor | None = None
+
+    @property
+    def k(self) -> int:
+        """Pairs wanted in all."""
+        return self.largest + self.smallest
+
+    def start(self, op: RowOperator, count: int) -> Tensor:
+        """Return `count` orthonormal rows to start from: v0 as far as it goes, then random ones."""
+        rows = op.random_rows(count, self.rng)
+        if self.v0 is not None:
+            rows = torch.cat([self.v0, rows])[:count]
+        return orthonormal(rows)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A solver's answer, to be certified by the caller.
+
+    Attributes
+    ----------
+    vectors : Tensor, shape (largest + smallest, n)
+        Rows that span the wanted eigenvectors, those of the largest eigenvalues first.
+    lambda_max : float
+        The largest Ritz value met: a lower bound of the largest eigenvalue.
+    nullity : int or None
+        Dimension of the null space, where the solver knows it exactly.
+    note : str
+        What the user should know of the way.
+    """
+
+    vectors: Tensor
+    lambda_max: float
+    nullity: int | None = None
+    note: str = ""
+
+
+def orthonormal(rows: Tensor, against: Tensor | None = None) -> Tensor:
+    """Return orthonormal rows that span `rows`, less what lies in the orthonormal rows `against`.
+
+    Rows that add nothing are dropped. Stathopoulos and Wu (2002), "A block orthogonalization procedure with constant
+    synchronization requirements", algorithm SVQB, three times over: each pass leaves the square root of the
+    last one's loss.
+    """
+    size = rows.norm(dim=1, keepdim=True)
+    rows = rows[(size > 0).flatten()] / size[size > 0][:, None]
+    for _ in range(3):
+        if against is not None and len(against):
+            rows = rows - (rows @ against.T) @ against
+        norms = rows.norm(dim=1, keepdim=True)
+        kept = (norms > 10 * torch.finfo(rows.dtype).eps).flatten()
+        rows = rows[kept] / norms[kept]
+        values, vectors = torch.linalg.eigh(gram(rows, rows))
+        rank = values > len(rows) * 100 * torch.finfo(rows.dtype).eps ** 2 + 1e-14
+        rows = (vectors[:, rank] / values[rank].sqrt()).T.to(rows.dtype) @ rows
+    return rows
+
+
+def gram(a: Tensor, b: Tensor) -> Tensor:
+    """Return the inner products of rows in float64."""
+    return a.double() @ b.double().T
+
+
+def ritz(rows: Tensor, products: Tensor, largest: int, smallest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the extreme Ritz values, descending, with their vectors and residual vectors.
+
+    `rows` are orthonormal, `products` are F times them.
+    """
+    values, vectors = torch.linalg.eigh(symmetric(gram(rows, products)))
+    size = len(rows)
+    order = [size - 1 - i for i in range(min(largest, size))] + [i for i in reversed(range(min(smallest, size)))]
+    mix = vectors[:, order].T.to(rows.dtype)
+    x = mix @ rows
+    residuals = mix @ products - values[order, None].to(rows.dtype) * x
+    return values[order], x, residuals
+
+
+def symmetric(matrix: Tensor) -> Tensor:
+    """Return the symmetric part."""
+    return (matrix + matrix.T) / 2
+
+
+def largest_ritz_value(op: RowOperator, request: Request, steps: int = 12) -> float:
+    """Estimate the largest eigenvalue from below by a few Lanczos steps with full reorthogonalization."""
+    basis = request.start(op, 1)
+    products = op.rows(basis)
+    for _ in range(min(steps, op.n) - 1):
+        fresh = orthonormal(products[-1:], basis)
+        if len(fresh) == 0:
+            break
+        basis = torch.cat([basis, fresh])
+        products = torch.cat([products, op.rows(fresh)])
+    return float(torch.linalg.eigvalsh(symmetric(gram(basis, products)))[-1])
+
+
+class Stop(Exception):
+    """Raised inside a product to leave a solver that has no other way out."""
+
+
+@dataclass
+class Watched:
+    """A product with single vectors or blocks that keeps the latest ones, so that a stopped solver leaves something."""
+
+    op: RowOperator
+    control: Control
+    keep: int
+    seen: deque[tuple[Tensor, Tensor]] = field(default_factory=deque)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Multiply rows by F; raise Stop at the end of the budget."""
+        products = self.op.rows(rows)
+        self.seen.append((rows, products))
+        while sum(len(block) for block, _ in self.seen) > max(self.keep, len(rows)):
+            self.seen.popleft()
+        if self.control.step():
+            raise Stop
+        return products
+
+    def best(self, largest: int, smallest: int, rng: np.random.Generator) -> Tensor:
+        """Return the Ritz vectors of the latest rows: the best pairs that a stopped solver leaves behind."""
+        rows = orthonormal(
+            torch.cat([block for block, _ in self.seen] + [self.op.random_rows(largest + smallest, rng)])
+        )
+        return ritz(rows, self.op.rows(rows), largest, smallest)[1]

@@ -1,0 +1,56 @@
+"""SciPy's LOBPCG on F scaled to lambda_max = 1, in float64 arithmetic, with a tolerance that means something.
+
+SciPy's default tolerance is absolute and grows with n, its float32 branch divides by quantities below rounding, and it
+works in place on what it is given: all three are avoided here. Knyazev (2001), "Toward the optimal preconditioned
+eigensolver: locally optimal block preconditioned conjugate gradient method".
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator, lobpcg
+from torch import Tensor
+
+from fisherop.operators import RowOperator
+from fisherop.solvers import exact
+from fisherop.solvers.contract import Control, Found, Request, Stop, Watched, largest_ritz_value, orthonormal
+
+DENSE_BELOW = 8
+
+
+def solve(op: RowOperator, request: Request, control: Control) -> Found:
+    """Run LOBPCG with a block as wide as the pairs wanted, at each end that is wanted."""
+    if op.n <= DENSE_BELOW * max(request.largest, request.smallest):
+        found = exact.solve(op, request, control)
+        return Found(found.vectors, found.lambda_max, found.nullity, "n is so small that the dense problem was solved")
+    lambda_max = largest_ritz_value(op, request)
+    if lambda_max <= 0:
+        return Found(request.start(op, request.k), 0.0)
+    ends = [(request.largest, True), (request.smallest, False)]
+    return Found(torch.cat([_one_end(op, request, control, n, top, lambda_max) for n, top in ends if n]), lambda_max)
+
+
+def _one_end(
+    op: RowOperator, request: Request, control: Control, count: int, largest: bool, lambda_max: float
+) -> Tensor:
+    watched = Watched(op, control, keep=max(3 * count, 32))
+
+    def scaled(columns: NDArray[np.float64]) -> NDArray[np.float64]:
+        columns = columns.reshape(op.n, -1)
+        return np.asarray(watched(op.tensor(columns.T.copy())).double().cpu().numpy().T / lambda_max)
+
+    start = request.start(op, count).double().cpu().numpy().T.copy()
+    matrix = LinearOperator((op.n, op.n), matvec=scaled, matmat=scaled, dtype=np.float64)
+    try:
+        with (
+            warnings.catch_warnings()
+        ):  # LOBPCG says that it stopped early; the certificate says so too, and by how much
+            warnings.simplefilter("ignore", UserWarning)
+            _, vectors = lobpcg(matrix, start, tol=request.tol / 2, maxiter=control.maxiter, largest=largest)
+        return orthonormal(op.tensor(vectors.T.copy()))
+    except Stop:
+        return watched.best(*((count, 0) if largest else (0, count)), request.rng)

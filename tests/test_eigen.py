@@ -1,0 +1,270 @@
+"""Every method against dense truth, at every end; a result is right, or says that it is not."""
+
+import warnings
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import MODELS, build, dense_jacobian
+from scipy.linalg import subspace_angles
+from scipy.sparse.linalg import aslinearoperator
+from strategies import block, spectrum_operator
+
+import fisherop as fo
+from fisherop.solvers import BACKENDS
+
+METHODS = ["auto", *(name for name in BACKENDS if name != "primme")]
+DTYPES = (torch.float32, torch.float64)
+
+
+def solve(op, *args, **kwargs):
+    """Return a result whatever it says of its convergence."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fo.ConvergenceWarning)
+        return fo.eigendistortions(op, *args, rng=0, **kwargs)
+
+
+def assert_right(result, dense):
+    """Compare what claims to be converged with a dense eigendecomposition, as subspaces where values cluster."""
+    values, vectors = (part[..., ::-1] for part in np.linalg.eigh(dense))
+    top, tol = max(values[0], 1e-300), result.tol + 64 * np.finfo(np.float32).eps
+    found = np.asarray(result.eigendistortions).reshape(len(result), -1)
+    claims = np.flatnonzero(result.converged)
+    np.testing.assert_allclose(result.eigenvalues[claims], values[result.index[claims]], atol=tol * top, rtol=0)
+    np.testing.assert_allclose(found @ found.T, np.eye(len(found)), atol=1e-4)
+    for i in claims:
+        cluster = abs(values - values[result.index[i]]) <= 20 * tol * top
+        outside = abs(values[~cluster] - values[result.index[i]])
+        gap = outside.min() if len(outside) else np.inf
+        angle = subspace_angles(vectors[:, cluster], found[i][:, None])[-1]
+        assert np.sin(angle) <= 1.5 * (result.residuals[i] * top + 1e-6 * top) / gap + 1e-6
+        low, high = result.eigenvalue_bounds[i]
+        assert ((values >= low) & (values <= high)).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_converged_agrees_with_the_dense_matrix(name, method, dtype):
+    model, image = build(name, dtype)
+    F = fo.FisherOperator(model, image)
+    J = dense_jacobian(model, image).double().numpy()
+    n = len(J.T)
+    for which in ("LM",) if method == "randomized_svd" else ("LM", "SM", "BE"):
+        for k in (1, min(5, n)):
+            result = solve(F, k, which, method)
+            assert_right(result, J.T @ J)
+            if method in ("auto", "exact"):
+                assert result.converged.all()
+                assert result.nullity >= n - len(J)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.ones(150),
+        np.r_[1.0, np.zeros(149)],
+        np.r_[np.ones(5), np.linspace(0.5, 0.1, 140), np.zeros(5)],
+        1e12 * np.linspace(1, 2, 150),
+        np.logspace(0, -12, 150),
+        np.r_[np.linspace(1, 0.1, 149), 4e-5],
+    ],
+    ids=["identity", "rank one", "clusters", "scale 1e12", "decay", "one tiny"],
+)
+def test_hard_spectra_are_right_or_honestly_not_converged(method, values):
+    matrix, _ = spectrum_operator(values)
+    for which in ("LM",) if method == "randomized_svd" else ("LM", "SM", "BE"):
+        for k in (1, 4):
+            assert_right(solve(matrix, k, which, method), matrix.numpy())
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("auto", "exact")])
+def test_with_too_few_steps_the_best_pairs_come_with_one_warning(method):
+    matrix, _ = spectrum_operator(np.linspace(1, 0.1, 400))
+    which = "LM" if method == "randomized_svd" else "BE"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = fo.eigendistortions(matrix, 4, which, method, maxiter=2, tol=1e-9, rng=0)
+    assert [w.category for w in caught] == [fo.ConvergenceWarning]
+    assert caught[0].filename == __file__
+    assert "raise maxiter" in str(caught[0].message)
+    assert not result.converged.all()
+    assert result.eigendistortions.shape == (4, 400)
+    assert (np.diff(result.eigenvalues) <= 0).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scaling_the_model_changes_no_flag(method):
+    model, image = build("conv relu pool")
+    which = "LM" if method == "randomized_svd" else "BE"
+    results = [solve(fo.FisherOperator(lambda x, s=s: s * model(x), image), 4, which, method) for s in (1e-3, 1, 1e3)]
+    for result, scale in zip(results, (1e-6, 1, 1e6), strict=True):
+        assert np.array_equal(result.converged, results[1].converged)
+        np.testing.assert_allclose(result.eigenvalues / scale, results[1].eigenvalues, atol=1e-6 * results[1].lambda_max)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_answer(method):
+    matrix, _ = spectrum_operator(np.linspace(1, 0, 200))
+    which = "LM" if method == "randomized_svd" else "BE"
+    state = torch.random.get_rng_state(), np.random.get_state()[1].copy()
+    first, second = (solve(matrix, 3, which, method) for _ in range(2))
+    assert torch.equal(first.eigendistortions, second.eigendistortions)
+    assert np.array_equal(first.residuals, second.residuals)
+    assert torch.equal(torch.random.get_rng_state(), state[0])
+    assert np.array_equal(np.random.get_state()[1], state[1])
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("auto", "exact")])
+def test_a_callback_sees_every_step_and_can_stop(method):
+    matrix, _ = spectrum_operator(np.linspace(1, 0.1, 400))
+    which = "LM" if method == "randomized_svd" else "BE"
+    seen = []
+
+    def stop_at_3(progress):
+        seen.append(progress)
+        return progress.iteration == 3
+
+    with pytest.warns(fo.ConvergenceWarning, match="the callback stopped"):
+        fo.eigendistortions(matrix, 4, which, method, tol=1e-9, callback=stop_at_3)
+    assert [p.iteration for p in seen] == [1, 2, 3]
+    assert [p.n_matvec for p in seen] == sorted(p.n_matvec for p in seen)
+
+
+@pytest.mark.parametrize("method", ["lobpcg", "power"])
+def test_a_stopped_search_goes_on_from_its_result(method):
+    matrix, _ = spectrum_operator(np.r_[1, 0.9, np.linspace(0.3, 0.1, 398)])
+    first = solve(matrix, 2, "LM", method, maxiter=6, tol=1e-9)
+    resumed = solve(matrix, 2, "LM", method, maxiter=6, tol=1e-9, v0=first.eigendistortions)
+    assert (resumed.residuals < first.residuals).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.sampled_from(["LM", "SM", "BE"]))
+def test_residuals_and_bounds_are_what_they_say(seed, k, which):
+    rng = np.random.default_rng(seed)
+    values = np.sort(rng.uniform(0, 1, 30) ** rng.integers(1, 12))[::-1]
+    matrix, _ = spectrum_operator(values, seed=seed % 1000)
+    result = solve(matrix, k, which)
+    v = result.eigendistortions.numpy()
+    residuals = np.linalg.norm(matrix.numpy() @ v.T - v.T * result.eigenvalues, axis=0) / result.lambda_max
+    np.testing.assert_allclose(result.residuals, residuals, atol=1e-13)
+    assert np.array_equal(result.converged, result.residuals <= result.tol)
+    for low, high in result.eigenvalue_bounds:
+        assert ((values >= low - 1e-14) & (values <= high + 1e-14)).any()
+
+
+@pytest.mark.parametrize("k", range(1, 6))
+def test_which_takes_its_share_from_each_end(k):
+    matrix = torch.diag(torch.arange(5.0))
+    top, bottom = list(range(k)), list(range(5 - k, 5))
+    for which, index in {"LM": top, "LA": top, "SM": bottom, "SA": bottom}.items():
+        assert solve(matrix, k, which).index.tolist() == index
+    both = solve(matrix, k, "BE").index.tolist()
+    assert both == [*range(k - k // 2), *range(5 - k // 2, 5)]
+
+
+def test_signs_make_the_largest_entry_positive():
+    x = solve(spectrum_operator(np.linspace(1, 0, 40))[0], 40).eigendistortions
+    assert (x.gather(1, x.abs().argmax(1, keepdim=True)) > 0).all()
+
+
+def test_every_kind_of_operator_gives_the_same_pairs():
+    matrix, _ = spectrum_operator(np.linspace(1, 0, 60))
+    dense = matrix.numpy()
+    expected = solve(matrix, 3)
+    assert isinstance(expected.eigendistortions, torch.Tensor)
+    for op in (dense, sp.csr_array(dense), aslinearoperator(dense), aslinearoperator(dense) * 1.0):
+        result = solve(op, 3)
+        assert isinstance(result.eigendistortions, np.ndarray)
+        np.testing.assert_allclose(result.eigenvalues, expected.eigenvalues, atol=1e-12)
+        np.testing.assert_allclose(result.eigendistortions, expected.eigendistortions.numpy(), atol=1e-9)
+    integers = np.diag([3, 2, 1])
+    np.testing.assert_allclose(solve(integers, 3).eigenvalues, [3, 2, 1])
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((1, 3, 4, 5), (2, 3, 4, 5)), ((1, 60), (2, 60)), ((60,), (2, 60)), ((3, 4, 5), (2, 3, 4, 5)), ((1,), (1, 1))],
+)
+def test_k_takes_the_place_of_a_leading_one(shape, expected):
+    F = fo.FisherOperator(lambda x: x * torch.linspace(1, 2, x.numel()).reshape(x.shape), torch.ones(shape))
+    result = solve(F, expected[0])
+    assert result.eigendistortions.shape == expected
+    torch.testing.assert_close(result.eigendistortions.flatten(1).norm(dim=1), torch.ones(expected[0]))
+    again = solve(F, expected[0], v0=result.eigendistortions)
+    torch.testing.assert_close(again.eigendistortions, result.eigendistortions, atol=1e-4, rtol=0)
+
+
+def test_the_null_space_is_found_and_reported():
+    result = fo.eigendistortions(fo.FisherOperator(*build("linear m<n")), k=25)
+    assert result.nullity == 15
+    assert "null space has dimension 15." in result.message
+    assert (result.eigenvalues[10:] <= 1e-20).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_zero_f_gives_zeros_and_a_warning(method):
+    F = fo.FisherOperator(torch.relu, -torch.ones(200))
+    with pytest.warns(UserWarning, match="F = 0"):
+        result = fo.eigendistortions(F, 2, "LM", method)
+    assert np.array_equal(result.eigenvalues, [0, 0])
+    assert np.array_equal(result.residuals, [0, 0])
+
+
+def test_a_floor_above_the_tolerance_is_told_apart_from_a_small_budget():
+    F = fo.FisherOperator(*build("fourier", torch.float32))
+    with pytest.warns(fo.ConvergenceWarning, match="floor in torch.float32: loosen tol"):
+        fo.eigendistortions(F, 2, tol=1e-12)
+
+
+REFUSED = {
+    "k = 0": ({"k": 0}, ValueError, "k must lie between 1 and n = 64, not 0"),
+    "k > n": ({"k": 65}, ValueError, "between 1 and n = 64, not 65"),
+    "k = 1.5": ({"k": 1.5}, TypeError, "k must be a whole number, not 1.5"),
+    "k = True": ({"k": True}, TypeError, "k must be a whole number"),
+    "which": ({"which": "BM"}, ValueError, "which must be one of LM, LA, SM, SA, BE, not 'BM': did you mean"),
+    "method": ({"method": "arpak"}, ValueError, "not 'arpak': did you mean 'arpack'"),
+    "method without small end": ({"method": "randomized_svd"}, ValueError, "largest pairs only: use which='LM'"),
+    "tol": ({"tol": 0}, ValueError, "tol is relative to the largest eigenvalue"),
+    "maxiter": ({"maxiter": 0, "method": "power"}, ValueError, "maxiter must be at least 1"),
+    "v0 of wrong length": ({"v0": np.ones(63)}, ValueError, "does not hold vectors of length n = 64"),
+    "v0 zero": ({"v0": np.zeros(64)}, ValueError, "no vector of it zero"),
+    "rng": ({"rng": "seed"}, TypeError, "rng must be a whole number or a numpy.random.Generator, not 'seed'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_an_argument_without_sense_is_refused_in_one_sentence(case):
+    kwargs, error, words = REFUSED[case]
+    with pytest.raises(error, match=words) as caught:
+        fo.eigendistortions(fo.FisherOperator(*build("fourier")), **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("op", "error", "words"),
+    [
+        (np.ones((3, 4)), TypeError, r"ndarray of shape \(3, 4\)"),
+        ("F", TypeError, "not str"),
+        (np.arange(9.0).reshape(3, 3), ValueError, "not symmetric"),
+        (-np.eye(3), ValueError, "not positive semidefinite"),
+        (1j * np.eye(3), TypeError, "complex"),
+        (np.diag([1.0, np.nan]), ValueError, "NaN"),
+    ],
+)
+def test_what_is_no_fisher_matrix_is_refused(op, error, words):
+    with pytest.raises(error, match=words):
+        fo.eigendistortions(op, 1)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "auto"])
+def test_start_vectors_are_not_written(method):
+    matrix, _ = spectrum_operator(np.linspace(1, 0, 200))
+    v0 = torch.from_numpy(block(0, 2, 200))
+    kept = v0.clone()
+    solve(matrix, 2, "LM", method, v0=v0)
+    assert torch.equal(v0, kept)

@@ -1,0 +1,185 @@
+"""Laws of the linearization: the right Jacobian, for every model, without a trace left on the model."""
+
+import warnings
+
+import pytest
+import torch
+from models import MODELS, build, dense_jacobian
+from torch import nn
+
+from fisherop.linearize import Linearization
+
+DTYPES = (torch.float32, torch.float64)
+EPS = {dtype: 300 * torch.finfo(dtype).eps for dtype in DTYPES}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_both_products_agree_with_the_dense_jacobian(name, dtype):
+    model, image = build(name, dtype)
+    at, dense = Linearization(model, image), dense_jacobian(model, image)
+    m, n = dense.shape
+    assert at.shape == (m, n)
+    scale = EPS[dtype] * dense.norm()
+    assert (at.jvp(torch.eye(n, dtype=dtype)).T - dense).norm() <= scale
+    assert (at.vjp(torch.eye(m, dtype=dtype)) - dense).norm() <= scale
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_blocks_of_any_size_give_the_same_rows(name):
+    model, image = build(name)
+    at = Linearization(model, image)
+    rows = torch.randn(7, at.shape[1], dtype=image.dtype, generator=torch.Generator().manual_seed(1))
+    whole = at.jvp(rows)
+    at.block_size = 3
+    torch.testing.assert_close(at.jvp(rows), whole, rtol=0, atol=1e-13 * float(whole.abs().max()))
+    assert at.jvp(rows[:0]).shape == (0, at.shape[0])
+
+
+def test_the_image_may_change_afterwards():
+    image = torch.tensor([1.0, 2.0])
+    at = Linearization(lambda x: x**3, image)
+    image.zero_()
+    assert torch.equal(at.jvp(torch.ones(1, 2)), torch.tensor([[3.0, 12.0]]))
+
+
+def test_a_layout_that_is_not_contiguous_is_taken_as_it_looks():
+    image = torch.arange(6.0).reshape(2, 3)
+    straight = Linearization(lambda x: x**2, image.T.contiguous())
+    turned = Linearization(lambda x: x**2, image.T)
+    assert torch.equal(straight.jvp(torch.ones(1, 6)), turned.jvp(torch.ones(1, 6)))
+
+
+def test_the_model_is_left_as_found():
+    model, image = build("attention", torch.float32)
+    seen = []
+    handle = model.register_forward_hook(lambda *_: seen.append(1))
+    flags = torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled(), torch.random.get_rng_state()
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    model.layer.linear1.weight.requires_grad_(False)
+    Linearization(model, image).vjp(torch.ones(2, 48))
+    assert not model.training
+    assert len(model._forward_hooks) == 1
+    assert all(torch.equal(w.grad, torch.ones_like(w)) for w in model.parameters())
+    assert [w.requires_grad for w in model.parameters()].count(False) == 1
+    assert (torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled()) == flags[:2]
+    assert torch.equal(torch.random.get_rng_state(), flags[2])
+    handle.remove()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_the_callers_gradient_mode_does_not_matter(context):
+    with context():
+        at = Linearization(lambda x: x**2, torch.tensor([1.0, 2.0]))
+        assert torch.equal(at.vjp(torch.ones(1, 2)), torch.tensor([[2.0, 4.0]]))
+
+
+class Doubled(torch.autograd.Function):
+    """Twice the input, without a forward-mode rule."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, u):
+        return 2 * u
+
+
+class WronglyTripled(Doubled):
+    """Twice the input, and a derivative that is not."""
+
+    @staticmethod
+    def jvp(ctx, t):
+        return 3 * t
+
+
+def test_a_function_without_forward_mode_is_served_all_the_same():
+    at = Linearization(lambda x: Doubled.apply(x) ** 2, torch.tensor([1.0, 2.0]))
+    assert torch.equal(at.jvp(torch.ones(1, 2)), torch.tensor([[8.0, 16.0]]))
+
+
+def test_a_wrong_forward_rule_is_found_out_and_not_used():
+    at = Linearization(WronglyTripled.apply, torch.tensor([1.0, 2.0]))
+    assert torch.equal(at.jvp(torch.ones(1, 2)), torch.tensor([[2.0, 2.0]]))
+    assert torch.equal(at.vjp(torch.ones(1, 2)), torch.tensor([[2.0, 2.0]]))
+
+
+def test_a_model_whose_buffers_are_cached_at_the_first_call_is_served():
+    class Cached(nn.Module):
+        kernel = None
+
+        def forward(self, x):
+            if self.kernel is None:
+                self.kernel = torch.ones(1, 1, 3, 3)
+            return nn.functional.conv2d(x, self.kernel)
+
+    assert Linearization(Cached(), torch.rand(1, 1, 5, 5)).shape == (9, 25)
+
+
+def test_products_are_counted_per_vector():
+    at = Linearization(lambda x: x**2, torch.ones(3))
+    at.jvp(torch.ones(4, 3))
+    at.vjp(torch.ones(2, 3))
+    assert (at.n_jvp, at.n_vjp) == (4, 2)
+
+
+def nan_weights():
+    model = nn.Linear(3, 2)
+    nn.init.constant_(model.weight, torch.nan)
+    return model
+
+
+ONES = torch.ones(3)
+REFUSED = {
+    "model is no function": (3, ONES, TypeError, "model must be an nn.Module or a function"),
+    "NaN image": (nn.Identity(), torch.tensor([1.0, torch.nan]), ValueError, "image holds NaN or infinity"),
+    "NaN weights": (nan_weights(), ONES, ValueError, "check the model's weights"),
+    "dropout": (nn.Sequential(nn.Linear(3, 50), nn.Dropout(0.5)).train(), ONES, ValueError, r"call model.eval\(\)"),
+    "batch norm": (nn.BatchNorm2d(2).train(), torch.rand(1, 2, 4, 4), ValueError, r"training mode.*call model.eval\(\)"),
+    "float16 image": (nn.Identity(), ONES.half(), TypeError, r"float32 or float64, not torch.float16.*image.float\(\)"),
+    "integer image": (nn.Identity(), torch.arange(3), TypeError, r"not torch.int64: convert it with image.float\(\)"),
+    "array image": (nn.Identity(), [1.0, 2.0], TypeError, "torch.Tensor, not list"),
+    "empty image": (nn.Identity(), torch.zeros(0), ValueError, "is empty"),
+    "batch of 2": (nn.Identity(), torch.ones(2, 1, 4, 4), ValueError, r"batch dimension of 2.*image\[i : i \+ 1\]"),
+    "half response": (lambda x: x.half(), ONES, TypeError, r"torch.float16.*call .float\(\)"),
+    "integer response": (lambda x: (x, x.argmax()), ONES, TypeError, "torch.int64"),
+    "string response": (lambda x: [x, "label"], ONES, TypeError, "returned str"),
+    "no response": (lambda x: (), ONES, ValueError, "returned no tensor"),
+    "weights of another dtype": (nn.Linear(3, 2).double(), ONES, TypeError, r"float32 and the model's weight.*float64"),
+    "weights elsewhere": (nn.Linear(3, 2, device="meta"), ONES, ValueError, "on cpu and the model's weight on meta"),
+    "constant elsewhere": (lambda x: torch.ones(3, device="meta"), ONES, ValueError, "response is on meta"),
+    "detached": (lambda x: x.detach() ** 2, ONES, ValueError, r"autograd cannot see how: remove .detach\(\)"),
+    "infinite slope": (lambda x: x.sqrt(), torch.zeros(3), ValueError, "derivative of the response holds NaN"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_linearized_is_refused_in_one_sentence(case):
+    model, image, error, words = REFUSED[case]
+    with pytest.raises(error, match=words) as caught:
+        Linearization(model, image)
+    assert "\n" not in str(caught.value)
+
+
+def test_batch_norm_in_training_mode_keeps_its_averages():
+    model = nn.BatchNorm2d(2).train()
+    with pytest.raises(ValueError, match="training mode"):
+        Linearization(model, torch.rand(1, 2, 4, 4))
+    assert torch.equal(model.running_mean, torch.zeros(2))
+    assert model.num_batches_tracked == 0
+
+
+def test_a_response_that_ignores_the_image_is_zero_with_a_warning():
+    with pytest.warns(UserWarning, match="does not depend on the image"):
+        at = Linearization(lambda x: torch.ones(2), ONES)
+    assert torch.equal(at.jvp(torch.ones(1, 3)), torch.zeros(1, 2))
+    assert torch.equal(at.vjp(torch.ones(1, 2)), torch.zeros(1, 3))
+
+
+def test_a_flat_response_is_no_error():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        at = Linearization(torch.relu, -ONES)
+    assert torch.equal(at.jvp(torch.ones(1, 3)), torch.zeros(1, 3))
