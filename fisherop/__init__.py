@@ -1,10 +1,42 @@
-"""Fisher information of PyTorch models at an image, and the distortions that a model notices most and least."""
+"""Fisher information of PyTorch models at an image, and the distortions that a model notices most and least.
 
-from fisherop import noise as noise
-from fisherop.eigen import eigendistortions as eigendistortions
-from fisherop.operators import FisherOperator as FisherOperator
-from fisherop.operators import JacobianOperator as JacobianOperator
-from fisherop.result import ConvergenceWarning as ConvergenceWarning
-from fisherop.result import Eigendistortions as Eigendistortions
+>>> import torch, fisherop as fo
+>>> F = fo.FisherOperator(fo.OnOff(), torch.rand(1, 1, 32, 32))
+>>> fo.eigendistortions(F, k=2, which="BE").eigendistortions.shape
+torch.Size([2, 1, 32, 32])
+"""
+
+import importlib
+from types import ModuleType
+
+from fisherop import images, noise
+from fisherop.eigen import eigendistortions
+from fisherop.models import LG, LGG, LN, Layer, OnOff
+from fisherop.operators import FisherOperator, JacobianOperator
+from fisherop.result import ConvergenceWarning, Eigendistortions
 
 __version__ = "0.1.0"
+
+_LOADED_WHEN_NAMED = ("plot",)
+
+__all__ = [
+    "LG",
+    "LGG",
+    "LN",
+    "ConvergenceWarning",
+    "Eigendistortions",
+    "FisherOperator",
+    "JacobianOperator",
+    "Layer",
+    "OnOff",
+    "eigendistortions",
+    "images",
+    "noise",
+    "plot",
+]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _LOADED_WHEN_NAMED:
+        return importlib.import_module(f"fisherop.{name}")
+    raise AttributeError(f"module 'fisherop' has no attribute {name!r}")

@@ -177,7 +177,7 @@ def _nullity(
 
 def _choose(op: RowOperator, request: Request) -> tuple[str, str]:
     order = exact.size(op)
-    if order <= DENSE_ORDER and exact.n_bytes(op) <= DENSE_BYTES or order <= 20 * request.k:
+    if (order <= DENSE_ORDER and exact.n_bytes(op) <= DENSE_BYTES) or order <= 20 * request.k:
         return "exact", f"chosen for its dense problem of order {order}"
     return "arpack", f"chosen because a dense problem of order {order} would cost more"
 
@@ -201,7 +201,7 @@ def _checked_request(op: RowOperator, k: int, which: str, tol: float | None, v0:
 
 
 def _start_rows(op: RowOperator, v0: Any) -> Tensor:
-    rows = op.tensor(v0.detach() if isinstance(v0, Tensor) else np.asarray(v0))
+    rows = op.tensor(v0.detach() if isinstance(v0, Tensor) else np.array(v0))
     if rows.numel() == 0 or rows.numel() % op.n:
         raise ValueError(f"v0 of shape {tuple(rows.shape)} does not hold vectors of length n = {op.n}")
     if rows.ndim == 2 and rows.shape[0] == op.n != rows.shape[1]:
@@ -235,7 +235,8 @@ def _in_shape(op: RowOperator, x: Tensor) -> Any:
 
 def _advice(result: Eigendistortions, control: Control, method: str) -> str:
     worst = result.residuals.max()
-    missed = f"{int((~result.converged).sum())} of {len(result)} pairs did not reach tol={result.tol:.1e} (worst {worst:.1e})"
+    count = f"{int((~result.converged).sum())} of {len(result)}"
+    missed = f"{count} pairs did not reach tol={result.tol:.1e} (worst {worst:.1e})"
     if control.stopped:
         return f"{missed}: the callback stopped {method!r}; pass v0=result.eigendistortions to go on"
     if control.iteration >= control.maxiter and method != "exact":

@@ -10,8 +10,8 @@ torch.Size([3])
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,10 @@ from torch import Tensor
 from fisherop.linearize import Linearization, Product
 from fisherop.noise import Gaussian, Noise
 
-NUMPY_DTYPE = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+NUMPY_DTYPE: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+}
 
 
 class TensorOperator(LinearOperator):  # type: ignore[misc]
@@ -101,7 +104,7 @@ class TensorOperator(LinearOperator):  # type: ignore[misc]
     def _on_rows(self, rows: NDArray[Any], *, adjoint: bool) -> NDArray[Any]:
         if np.iscomplexobj(rows):
             real, imag = (self._on_rows(part, adjoint=adjoint) for part in (rows.real, rows.imag))
-            return cast(NDArray[Any], real + 1j * imag)
+            return real + 1j * imag
         # A copy: solvers pass views of their workspace, and a product may return what it was given.
         own = torch.from_numpy(np.array(rows, dtype=self.dtype, order="C")).to(self.device)
         return self._product(adjoint)(own).cpu().numpy()
@@ -150,7 +153,7 @@ class ModelOperator(TensorOperator):
 
     def __init__(self, linearization: Linearization, shape: tuple[int, int]) -> None:
         super().__init__(shape, linearization.dtype, linearization.device)
-        self.linearization = linearization
+        self._set(linearization)
 
     @property
     def image(self) -> Tensor:
@@ -164,8 +167,25 @@ class ModelOperator(TensorOperator):
 
     @property
     def strategy(self) -> str:
-        """How autograd serves the products."""
+        """How the products are computed: "recorded", "forward-mode", "double-backward" or "constant"."""
         return self.linearization.strategy
+
+    @property
+    def tuning(self) -> dict[str, Any]:
+        """What was measured and chosen for speed; passed to another operator, it gives the same results to the bit."""
+        return dict(self.linearization.tuning)
+
+    @property
+    def memory(self) -> int:
+        """Bytes held for the products, the model's own weights not counted."""
+        return self.linearization.memory
+
+    def refresh(self) -> None:
+        """Linearize again, at the same image, after the model's weights were changed; counts start anew."""
+        self._set(Linearization(self.linearization.model, self.image, self.tuning))
+
+    def _set(self, linearization: Linearization) -> None:
+        self.linearization = linearization
 
 
 class JacobianOperator(ModelOperator):
@@ -179,6 +199,8 @@ class JacobianOperator(ModelOperator):
         imaginary).
     image : Tensor
         float32 or float64, any shape, n entries; a 4-D image has a batch dimension of 1.
+    tuning : mapping, optional
+        The `tuning` of an earlier operator, to be used instead of measuring again.
 
     Raises
     ------
@@ -187,8 +209,9 @@ class JacobianOperator(ModelOperator):
 
     Notes
     -----
-    The operator is the Jacobian at the time it was made: later changes of image or weights are not followed.
-    A pickled operator carries model and image, and linearizes again where it is loaded.
+    The operator is the Jacobian at the time it was made. Written weights are noticed at the next product, which raises
+    RuntimeError; `refresh` linearizes again. A pickled operator carries model and image, and linearizes again where it
+    is loaded.
 
     Examples
     --------
@@ -199,8 +222,10 @@ class JacobianOperator(ModelOperator):
             [0., 4.]])
     """
 
-    def __init__(self, model: Callable[[Tensor], Any], image: Tensor) -> None:
-        linearization = Linearization(model, image)
+    def __init__(
+        self, model: Callable[[Tensor], Any], image: Tensor, *, tuning: Mapping[str, Any] | None = None
+    ) -> None:
+        linearization = Linearization(model, image, tuning)
         super().__init__(linearization, linearization.shape)
 
     def rows(self, block: Tensor) -> Tensor:
@@ -222,7 +247,7 @@ class JacobianOperator(ModelOperator):
         return self.linearization.n_vjp
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return JacobianOperator, (self.linearization.model, self.image)
+        return _tuned, (JacobianOperator, self.tuning, self.linearization.model, self.image)
 
 
 class FisherOperator(ModelOperator):
@@ -240,6 +265,8 @@ class FisherOperator(ModelOperator):
     noise : optional
         The noise of the responses, which gives their precision W: one of `fisherop.noise`, by default
         ``Gaussian()``, for which W is the identity.
+    tuning : mapping, optional
+        The `tuning` of an earlier operator, to be used instead of measuring again.
 
     Raises
     ------
@@ -248,8 +275,9 @@ class FisherOperator(ModelOperator):
 
     Notes
     -----
-    The operator is the Fisher matrix at the time it was made: later changes of image or weights are not followed.
-    A pickled operator carries model, image and noise, and linearizes again where it is loaded.
+    The operator is the Fisher matrix at the time it was made. Written weights are noticed at the next product, which
+    raises RuntimeError; `refresh` linearizes again. A pickled operator carries model, image and noise, and linearizes
+    again where it is loaded.
 
     References
     ----------
@@ -264,11 +292,21 @@ class FisherOperator(ModelOperator):
             [ 0., 16.]])
     """
 
-    def __init__(self, model: Callable[[Tensor], Any], image: Tensor, noise: Noise | None = None) -> None:
-        linearization = Linearization(model, image)
+    def __init__(
+        self,
+        model: Callable[[Tensor], Any],
+        image: Tensor,
+        noise: Noise | None = None,
+        *,
+        tuning: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.noise = Gaussian() if noise is None else noise
+        linearization = Linearization(model, image, tuning)
         n = linearization.shape[1]
         super().__init__(linearization, (n, n))
-        self.noise = Gaussian() if noise is None else noise
+
+    def _set(self, linearization: Linearization) -> None:
+        self.linearization = linearization
         self.precision = self.noise.at(linearization.response)
 
     def rows(self, block: Tensor) -> Tensor:
@@ -299,7 +337,12 @@ class FisherOperator(ModelOperator):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FisherOperator, (self.linearization.model, self.image, self.noise)
+        return _tuned, (FisherOperator, self.tuning, self.linearization.model, self.image, self.noise)
+
+
+def _tuned(kind: type[ModelOperator], tuning: dict[str, Any], *args: Any) -> ModelOperator:
+    """Make an unpickled operator, which computes as the pickled one did."""
+    return kind(*args, tuning=tuning)  # type: ignore[call-arg]
 
 
 class RowOperator:
@@ -341,6 +384,7 @@ class RowOperator:
 
     @property
     def n_matvec(self) -> int:
+        """Products so far; half a product is rounded up."""
         return (self._half_products + 1) // 2
 
     @property
@@ -367,7 +411,7 @@ class RowOperator:
         """Draw Gaussian rows, the same on every device."""
         return self.tensor(rng.standard_normal((count, self.n)))
 
-    def tensor(self, array: NDArray[Any]) -> Tensor:
+    def tensor(self, array: NDArray[Any] | Tensor) -> Tensor:
         """Bring an array to the rows' dtype and device."""
         return torch.as_tensor(array).to(self.device, self.dtype)
 

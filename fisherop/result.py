@@ -132,7 +132,7 @@ class Eigendistortions:
         except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
             if isinstance(error, FileNotFoundError):
                 raise
-            raise ValueError(f"{path} is not a result of fisherop, or is damaged: {error}") from error
+            raise ValueError(f"{path} is not a result of fisherop, or is damaged") from error
         if facts.pop("format") > FORMAT:
             raise ValueError(f"{path} was written by a newer fisherop: update this one to read it")
         image = arrays.pop("image", None)

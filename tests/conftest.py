@@ -1,11 +1,12 @@
-"""Hypothesis profiles, and one thread: the small models here gain nothing from more."""
+"""One thread, for the small models here gain nothing from more, and Hypothesis profiles."""
 
 import os
 
-import torch
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from hypothesis import settings
 
-torch.set_num_threads(1)
 settings.register_profile("dev", max_examples=20, deadline=None)
 settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")

@@ -31,7 +31,7 @@ def test_blocks_of_any_size_give_the_same_rows(name):
     at = Linearization(model, image)
     rows = torch.randn(7, at.shape[1], dtype=image.dtype, generator=torch.Generator().manual_seed(1))
     whole = at.jvp(rows)
-    at.block_size = 3
+    at.tuning["block"] = 3
     torch.testing.assert_close(at.jvp(rows), whole, rtol=0, atol=1e-13 * float(whole.abs().max()))
     assert at.jvp(rows[:0]).shape == (0, at.shape[0])
 
@@ -137,7 +137,12 @@ REFUSED = {
     "NaN image": (nn.Identity(), torch.tensor([1.0, torch.nan]), ValueError, "image holds NaN or infinity"),
     "NaN weights": (nan_weights(), ONES, ValueError, "check the model's weights"),
     "dropout": (nn.Sequential(nn.Linear(3, 50), nn.Dropout(0.5)).train(), ONES, ValueError, r"call model.eval\(\)"),
-    "batch norm": (nn.BatchNorm2d(2).train(), torch.rand(1, 2, 4, 4), ValueError, r"training mode.*call model.eval\(\)"),
+    "batch norm": (
+        nn.BatchNorm2d(2).train(),
+        torch.rand(1, 2, 4, 4),
+        ValueError,
+        r"training mode.*call model.eval\(\)",
+    ),
     "float16 image": (nn.Identity(), ONES.half(), TypeError, r"float32 or float64, not torch.float16.*image.float\(\)"),
     "integer image": (nn.Identity(), torch.arange(3), TypeError, r"not torch.int64: convert it with image.float\(\)"),
     "array image": (nn.Identity(), [1.0, 2.0], TypeError, "torch.Tensor, not list"),

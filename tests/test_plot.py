@@ -1,5 +1,7 @@
 """What is drawn is the numbers themselves, clipped; and every panel says what it is."""
 
+# ruff: noqa: RUF001
+
 from __future__ import annotations
 
 import dataclasses

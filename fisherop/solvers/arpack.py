@@ -1,7 +1,7 @@
 """SciPy's ARPACK, with its tolerance, its small end, its multiplicities and its way of giving up put right.
 
-ARPACK tests the residual against tol * |theta|, which nothing near zero can pass: F is scaled to lambda_max = 1, and the
-small end is sought as the large end of I - F. One start vector sees one vector of every multiple eigenvalue: where
+ARPACK tests the residual against tol * |theta|, which nothing near zero can pass: F is scaled to lambda_max = 1, and
+the small end is sought as the large end of I - F. One start vector sees one vector of every multiple eigenvalue: where
 more than one pair is wanted, what was found is deflated and the search repeated until nothing better turns up.
 Stopped early, ARPACK returns converged pairs only: here the latest Krylov vectors give the best pairs instead.
 """
@@ -58,7 +58,8 @@ def _one_end(op: RowOperator, request: Request, control: Control, count: int, si
         product = scaled(x - inside)
         return np.asarray(product - found.T @ (found @ product))
 
-    start = request.start(op, 1)[0].double().cpu().numpy()
+    # One vector is all that ARPACK starts from: the sum has a part of every vector given.
+    start = request.start(op, count, smallest=sign < 0).sum(0).double().cpu().numpy()
     try:
         values, vectors = _largest(scaled, op.n, count, start, request.tol)
         for _ in range(count if count > 1 else 0):

@@ -85,11 +85,14 @@ class Request:
         """Pairs wanted in all."""
         return self.largest + self.smallest
 
-    def start(self, op: RowOperator, count: int) -> Tensor:
-        """Return `count` orthonormal rows to start from: v0 as far as it goes, then random ones."""
+    def start(self, op: RowOperator, count: int, *, smallest: bool = False) -> Tensor:
+        """Return `count` orthonormal rows to start from: v0 as far as it goes, then random ones.
+
+        An earlier result has its smallest pairs last, so the small end starts from the last rows of v0.
+        """
         rows = op.random_rows(count, self.rng)
         if self.v0 is not None:
-            rows = torch.cat([self.v0, rows])[:count]
+            rows = torch.cat([self.v0.flip(0) if smallest else self.v0, rows])[:count]
         return orthonormal(rows)
 
 
@@ -148,7 +151,7 @@ def ritz(rows: Tensor, products: Tensor, largest: int, smallest: int) -> tuple[T
     """
     values, vectors = torch.linalg.eigh(symmetric(gram(rows, products)))
     size = len(rows)
-    order = [size - 1 - i for i in range(min(largest, size))] + [i for i in reversed(range(min(smallest, size)))]
+    order = [size - 1 - i for i in range(min(largest, size))] + list(reversed(range(min(smallest, size))))
     mix = vectors[:, order].T.to(rows.dtype)
     x = mix @ rows
     residuals = mix @ products - values[order, None].to(rows.dtype) * x

@@ -19,7 +19,7 @@ BLOCK = 64
 
 def solve(op: RowOperator, request: Request, control: Control) -> Found:
     """Return the wanted pairs by a dense eigendecomposition of size min(m, n)."""
-    if op.factored and op.m < op.n:  # type: ignore[operator]
+    if op.factored and op.m < op.n:
         return _short_side(op, request, control)
     if op.factored:
         columns = _images_of_identity(op.factor, op.n, op, control).double()
@@ -33,12 +33,12 @@ def solve(op: RowOperator, request: Request, control: Control) -> Found:
 
 def size(op: RowOperator) -> int:
     """Return the order of the dense eigenproblem."""
-    return min(op.n, op.m or op.n)
+    return int(min(op.n, op.m or op.n))
 
 
 def n_bytes(op: RowOperator) -> int:
     """Return the memory that the dense factor takes, in float64."""
-    return 8 * size(op) * max(op.n, op.m or op.n)
+    return int(8 * size(op) * max(op.n, op.m or op.n))
 
 
 def _short_side(op: RowOperator, request: Request, control: Control) -> Found:

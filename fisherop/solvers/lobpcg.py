@@ -43,7 +43,7 @@ def _one_end(
         columns = columns.reshape(op.n, -1)
         return np.asarray(watched(op.tensor(columns.T.copy())).double().cpu().numpy().T / lambda_max)
 
-    start = request.start(op, count).double().cpu().numpy().T.copy()
+    start = request.start(op, count, smallest=not largest).double().cpu().numpy().T.copy()
     matrix = LinearOperator((op.n, op.n), matvec=scaled, matmat=scaled, dtype=np.float64)
     try:
         with (

@@ -1,0 +1,117 @@
+"""What a model and an image must be before they are linearized, and what their response must be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def flat_response(output: Any, image: Tensor) -> Tensor:
+    """Flatten a model's output, of whatever structure, to one real vector in the image's dtype."""
+    leaves = list(_leaves(output))
+    if not leaves:
+        raise ValueError(f"the model returned no tensor but {type(output).__name__}: return the response as a tensor")
+    parts = []
+    for leaf in leaves:
+        if leaf.device != image.device:
+            raise ValueError(f"the response is on {leaf.device} and the image on {image.device}: move one to the other")
+        if leaf.dtype not in (torch.float32, torch.float64, torch.complex64, torch.complex128):
+            raise TypeError(
+                f"the response holds {leaf.dtype}; return only float32, float64 or complex tensors"
+                + (" (call .float() on the model)" if leaf.dtype in (torch.float16, torch.bfloat16) else "")
+            )
+        real = torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
+        parts.append(real.reshape(-1).to(image.dtype))
+    response = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if response.numel() == 0:
+        raise ValueError("the response is empty: return at least one number")
+    if not torch.isfinite(response.detach()).all():
+        raise ValueError("the response holds NaN or infinity: check the model's weights and the image's range")
+    return response
+
+
+def _leaves(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for part in output.values():
+            yield from _leaves(part)
+    elif isinstance(output, (tuple, list)):
+        for part in output:
+            yield from _leaves(part)
+    elif output is not None:
+        raise TypeError(
+            f"the model returned {type(output).__name__}; return a tensor, or a tuple, list or dict of tensors"
+        )
+
+
+def checked_image(model: Callable[[Tensor], Any], image: Tensor) -> Tensor:
+    """Return a copy of the image; refuse what cannot be linearized."""
+    if not callable(model):
+        raise TypeError(f"model must be an nn.Module or a function of one tensor, not {type(model).__name__}")
+    if not isinstance(image, Tensor):
+        raise TypeError(f"image must be a torch.Tensor, not {type(image).__name__}: use torch.from_numpy or as_tensor")
+    if image.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"image must be float32 or float64, not {image.dtype}: convert it with image.float()")
+    if image.numel() == 0:
+        raise ValueError(f"image of shape {tuple(image.shape)} is empty")
+    if image.ndim == 4 and len(image) != 1:
+        raise ValueError(
+            f"image has a batch dimension of {len(image)}, and an operator belongs to one image: pass image[i : i + 1]"
+        )
+    if not torch.isfinite(image).all():
+        raise ValueError("image holds NaN or infinity: replace these pixels first")
+    for name, weight in weights(model):
+        if weight.device != image.device:
+            raise ValueError(
+                f"the image is on {image.device} and the model's {name} on {weight.device}: "
+                "call image.to(...) or model.to(...) so that both are on one device"
+            )
+        if weight.dtype.is_floating_point and weight.dtype != image.dtype and isinstance(weight, torch.nn.Parameter):
+            raise TypeError(
+                f"the image is {image.dtype} and the model's {name} {weight.dtype}: "
+                "call image.to(...) or model.to(...) so that both have one dtype"
+            )
+    with torch.inference_mode(False):
+        return image.detach().clone(memory_format=torch.contiguous_format)
+
+
+def weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Iterate over a model's parameters and buffers by name."""
+    if isinstance(model, torch.nn.Module):
+        yield from model.named_parameters()
+        yield from model.named_buffers()
+
+
+def check_same_twice(first: Tensor, second: Tensor) -> None:
+    """Refuse a model that draws random numbers."""
+    same = first.shape == second.shape and close(first, second, first.norm())
+    if not same:
+        raise ValueError(
+            "the model answers differently to the same image twice: call model.eval(), or fix the seed of its noise"
+        )
+
+
+@contextmanager
+def buffers_kept(model: Any) -> Iterator[None]:
+    """Undo, and refuse, the running averages that a normalization in training mode would write."""
+    training = isinstance(model, torch.nn.Module) and any(part.training for part in model.modules())
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()} if training else {}
+    try:
+        yield
+    finally:
+        written = [name for name, old in before.items() if not torch.equal(model.get_buffer(name), old)]
+        with torch.no_grad():
+            for name in written:
+                model.get_buffer(name).copy_(before[name])
+    if written:
+        raise ValueError(f"the model is in training mode and writes {written[0]} at each call: call model.eval()")
+
+
+def close(a: Tensor, b: Tensor, scale: Tensor) -> bool:
+    """Tell whether two results of one computation differ by rounding alone."""
+    return bool((a - b).norm() <= 1e3 * torch.finfo(scale.dtype).eps * scale)

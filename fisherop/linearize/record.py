@@ -1,0 +1,346 @@
+"""Record a linear computation as a straight-line program of tensor operations.
+
+A dispatch mode sees every operation that runs beneath autograd. Those whose inputs depend on the tangent (or cotangent)
+are written down as they come; everything else is a constant of the linearization point, so the model may branch on
+values of the image as it likes. The program holds no autograd, no writes in place and no Python of the model.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fisherop.linearize.autodiff import Product, generator
+from fisherop.linearize.program import Program, aten, compiled
+
+
+class RecordError(RuntimeError):
+    """A computation that cannot be written as a straight-line program; the message names the operation."""
+
+
+@dataclass
+class Recording:
+    """Both programs of a model at an image, and what they were recorded with.
+
+    Attributes
+    ----------
+    response : Tensor
+        The model's response in the recorded pass.
+    jvp, vjp : Program or None
+        J and its transpose, None where they are zero.
+    depends : bool
+        Whether autograd sees the response depend on the image at all.
+    probes : dict of str to (Tensor, Tensor)
+        For "J" and "Jt": a random vector, and its product by autograd itself.
+    """
+
+    response: Tensor
+    jvp: Program | None
+    vjp: Program | None
+    depends: bool
+    probes: dict[str, tuple[Tensor, Tensor]]
+
+
+def record(respond: Product, image: Tensor) -> Recording:
+    """Record J and its transpose in one pass through the model forward and one backward.
+
+    J comes from forward-mode differentiation, which runs beside the primal pass; its transpose from the primal's own
+    graph, so that nothing is differentiated twice. Both read the same intermediate values. Where an operation has no
+    forward mode, J is the derivative of the recorded transpose, which is linear.
+    """
+    leaf = image.clone().requires_grad_()
+    tangent = torch.randn(image.shape, generator=generator(), dtype=image.dtype).to(image.device)
+    response, change, jvp = _forward(respond, leaf, tangent)
+    if not response.requires_grad:
+        return Recording(response.detach(), None, None, False, {})
+    cotangent = torch.randn(response.shape, generator=generator(), dtype=image.dtype).to(image.device)
+    recorder = Recorder(cotangent)
+    with recorder:
+        (gradient,) = torch.autograd.grad(response, leaf, cotangent, materialize_grads=True)
+    vjp = recorder.program(gradient)
+    if change is None:
+        jvp, change = _transposed(vjp, cotangent, tangent)
+    probes = {"J": (tangent, change.detach()), "Jt": (cotangent, gradient)}
+    return Recording(response.detach(), jvp, vjp, True, probes)
+
+
+def _forward(respond: Product, leaf: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor | None, Program | None]:
+    """Run the model; return its response, the change by forward mode, and J; no change where that has no rule."""
+    recorder = Recorder(tangent)
+    try:
+        with torch.enable_grad(), forward_ad.dual_level(), recorder:
+            response, change = forward_ad.unpack_dual(respond(forward_ad.make_dual(leaf, tangent)))
+            change = torch.zeros_like(response) if change is None else change
+        return response, change, recorder.program(change)
+    except (RuntimeError, NotImplementedError):
+        with torch.enable_grad():
+            return respond(leaf), None, None
+
+
+def _transposed(program: Program | None, point: Tensor, tangent: Tensor) -> tuple[Program | None, Tensor]:
+    """Record the transpose of a linear program, by reverse mode through it."""
+    if program is None:
+        return None, torch.zeros_like(point)
+    leaf = torch.zeros_like(point, requires_grad=True)
+    with torch.enable_grad():
+        result = compiled(program)(leaf)
+    recorder = Recorder(tangent)
+    with recorder:
+        (change,) = torch.autograd.grad(result, leaf, tangent.view_as(result), materialize_grads=True)
+    return recorder.program(change), change
+
+
+@dataclass
+class _Value:
+    """A recorded tensor, the node that computes it, and the state of its memory when it did."""
+
+    tensor: Tensor
+    node: fx.Node
+    version: int
+
+
+@dataclass
+class _Memory:
+    """Memory that depends on the tangent: how often it was written, and the latest writer."""
+
+    version: int
+    writer: _Value | None
+
+
+@dataclass
+class _Constant:
+    """A tensor that the program reads, under the name of its attribute."""
+
+    tensor: Tensor
+    node: fx.Node
+    value: Tensor
+
+
+class Recorder(TorchDispatchMode):
+    """Write down what depends on `variable` while the mode is active.
+
+    Parameters
+    ----------
+    variable : Tensor
+        The tangent or cotangent.
+    """
+
+    def __init__(self, variable: Tensor) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self._values: dict[int, _Value] = {}
+        self._memory: dict[int, _Memory] = {}
+        self._constants: dict[int, _Constant] = {}
+        self._track(variable, self.graph.placeholder("variable"))
+
+    def program(self, result: Tensor) -> Program | None:
+        """Return the program for a tensor computed under the mode; None if it is zero whatever the variable."""
+        if not self._depends(result):
+            if result.any():
+                raise RecordError("part of the derivative leaves torch's operations")
+            return None
+        self.graph.output(self._node(result))
+        return Program(self.graph, {str(c.node.target): c.value for c in self._constants.values()})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        written = _written(func, args, kwargs)
+        if not any(self._depends(tensor) for tensor in inputs):
+            for tensor in written:
+                self._keep_constants_of(tensor)
+            return func(*args, **kwargs)
+        if written:
+            return self._write(func, args, kwargs, written)
+        if func in _ALIASES and self._depends(args[0]):
+            output = func(*args, **kwargs)
+            self._track(output, self._node(args[0]))
+            return output
+        call = tree_map_only(Tensor, self._node, (args, kwargs))
+        output = func(*args, **kwargs)
+        node = self.graph.call_function(func, *call)
+        self._track_output(func, output, node)
+        return output
+
+    def _track_output(self, func: Any, output: Any, node: fx.Node) -> None:
+        if isinstance(output, Tensor):
+            self._track(output, node)
+        elif isinstance(output, (tuple, list)):
+            for i, part in enumerate(output):
+                if isinstance(part, Tensor):
+                    self._track(part, self.graph.call_function(operator.getitem, (node, i)))
+        elif func in _READS_VALUES:
+            raise RecordError(f"{func} reads a value of the derivative")
+
+    def _write(self, func: Any, args: Any, kwargs: Any, written: list[Tensor]) -> Any:
+        """Record an operation in place as one that returns a new tensor, and rebind the memory to it."""
+        target = args[0] if args else None
+        if len(written) != 1 or written[0] is not target:
+            raise RecordError(f"{func} writes to other memory than its first argument")
+        before = self._whole(target) if not _fills_memory(target) else None
+        self._keep_constants_of(target)
+        node = self._out_of_place(func, args, kwargs)
+        output = func(*args, **kwargs)
+        key = _key(target)
+        memory = self._memory.setdefault(key, _Memory(0, None))
+        memory.version += 1
+        if before is not None:
+            flat = self.graph.call_function(aten.reshape.default, (node, [-1]))
+            whole = self.graph.call_function(
+                aten.index_copy.default, (before, 0, self._constant(_places(target)), flat)
+            )
+            describe(flat, target.reshape(-1))
+            describe(whole, _flat(target))
+            memory.writer = _Value(_flat(target), whole, memory.version)
+        else:
+            memory.writer = _Value(target, node, memory.version)
+        for tensor in (target, output):
+            self._track(tensor, node)
+        return output
+
+    def _out_of_place(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
+        target = args[0]
+        if func is aten.copy_.default:
+            source = self._node(args[1])
+            if args[1].dtype != target.dtype:
+                source = self.graph.call_function(aten._to_copy.default, (source,), {"dtype": target.dtype})
+                describe(source, args[1].to(target.dtype))
+            return self.graph.call_function(aten.expand.default, (source, list(target.shape)))
+        if func in (aten.zero_.default, aten.fill_.Scalar):
+            value = 0 if func is aten.zero_.default else args[1]
+            return self._constant(torch.full_like(target, value))
+        name, overload = func._schema.name.partition("::")[2].rstrip("_"), func._overloadname
+        functional = getattr(getattr(aten, name, None), overload, None)
+        if func.namespace != "aten" or functional is None or functional._schema.is_mutable:
+            raise RecordError(f"{func} has no form that leaves its input alone")
+        call = tree_map_only(Tensor, self._node, (args, kwargs))
+        return self.graph.call_function(functional, *call)
+
+    def _whole(self, tensor: Tensor) -> fx.Node:
+        """Return the node of all the memory behind a tensor, as a flat vector, before it is written."""
+        memory = self._memory.get(_key(tensor))
+        if memory is None:
+            return self._constant(_flat(tensor).clone())
+        writer = memory.writer
+        if writer is None:
+            writer = next(
+                (v for v in self._values.values() if _key(v.tensor) == _key(tensor) and _fills_memory(v.tensor)), None
+            )
+        if writer is None:
+            raise RecordError("a write into part of a view cannot be followed")
+        return self._view(writer, _flat(tensor))
+
+    def _view(self, writer: _Value, tensor: Tensor) -> fx.Node:
+        """Return the node of a tensor that shares memory with a writer that covers that memory."""
+        if _geometry(writer.tensor) == _geometry(tensor):
+            return writer.node
+        if writer.tensor.dtype != tensor.dtype:
+            raise RecordError("memory is written as one dtype and read as another")
+        flat = self.graph.call_function(aten.reshape.default, (writer.node, [-1]))
+        describe(flat, writer.tensor.reshape(-1))
+        if not writer.tensor.is_contiguous():
+            order = torch.empty_like(_places(writer.tensor))
+            order[_places(writer.tensor)] = torch.arange(len(order), device=order.device)
+            flat = self.graph.call_function(aten.index_select.default, (flat, 0, self._constant(order)))
+            describe(flat, _flat(writer.tensor))
+        if tensor.ndim == 1 and tensor.is_contiguous() and tensor.numel() == writer.tensor.numel():
+            return flat
+        picked = self.graph.call_function(aten.index_select.default, (flat, 0, self._constant(_places(tensor))))
+        describe(picked, tensor.reshape(-1))
+        return describe(self.graph.call_function(aten.reshape.default, (picked, list(tensor.shape))), tensor)
+
+    def _track(self, tensor: Tensor, node: fx.Node) -> None:
+        describe(node, tensor)
+        memory = self._memory.setdefault(_key(tensor), _Memory(0, None))
+        self._values[id(tensor)] = _Value(tensor, node, memory.version)
+
+    def _depends(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._values or _key(tensor) in self._memory
+
+    def _node(self, tensor: Tensor) -> fx.Node:
+        memory = self._memory.get(_key(tensor))
+        if memory is None:
+            return self._constant(tensor)
+        value = self._values.get(id(tensor))
+        if value is None or value.version != memory.version:
+            if memory.writer is None:
+                writer = next(v for v in self._values.values() if _key(v.tensor) == _key(tensor))
+                if not _fills_memory(writer.tensor):
+                    raise RecordError("a view made out of sight of the recorder cannot be followed")
+                memory.writer = writer
+            value = _Value(tensor, self._view(memory.writer, tensor), memory.version)
+            self._values[id(tensor)] = value
+        return value.node
+
+    def _constant(self, tensor: Tensor) -> fx.Node:
+        constant = self._constants.get(id(tensor))
+        if constant is None:
+            node = self.graph.get_attr(f"constant_{len(self._constants)}")
+            # Detached: the program must not see that a module later replaces its weight's data.
+            constant = self._constants[id(tensor)] = _Constant(tensor, node, tensor.detach())
+        return constant.node
+
+    def _keep_constants_of(self, tensor: Tensor) -> None:
+        """Copy the constants that share memory with a tensor about to be written."""
+        for constant in self._constants.values():
+            if _key(constant.value) == _key(tensor):
+                constant.value = constant.value.clone()
+
+
+_READS_VALUES = (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.allclose.default)
+_ALIASES = (aten.detach.default, aten.alias.default, aten.lift_fresh.default)
+
+
+def describe(node: fx.Node, tensor: Tensor) -> fx.Node:
+    """Note on a node what its value looks like."""
+    node.meta.setdefault("shape", tuple(tensor.shape))
+    node.meta.setdefault("dtype", tensor.dtype)
+    return node
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    if not func._schema.is_mutable:
+        return []
+    bound = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [leaf for name in names for leaf in tree_leaves(bound.get(name)) if isinstance(leaf, Tensor)]
+
+
+def _key(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _geometry(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype
+
+
+def _length(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage().nbytes() // tensor.element_size())
+
+
+def _fills_memory(tensor: Tensor) -> bool:
+    """Tell whether a tensor covers its memory, each place once."""
+    dense = sorted(zip(tensor.stride(), tensor.shape, strict=True))
+    expected = 1
+    for stride, size in dense:
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return tensor.numel() == _length(tensor)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return torch.as_strided(tensor.detach(), (_length(tensor),), (1,), 0)
+
+
+def _places(tensor: Tensor) -> Tensor:
+    """Return the positions of a tensor's entries in its memory."""
+    places = torch.arange(_length(tensor), device=tensor.device)
+    return torch.as_strided(places, tensor.shape, tensor.stride(), tensor.storage_offset()).reshape(-1)
