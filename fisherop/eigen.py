@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fisherop import certificate
 from fisherop.operators import RowOperator
 from fisherop.result import ConvergenceWarning, Eigendistortions
-from fisherop.solvers import BACKENDS, Control, Found, Progress, Request, exact
-from fisherop.solvers.contract import gram, orthonormal, symmetric
+from fisherop.solvers import BACKENDS, Control, Progress, Request, exact
 
 WHICH = ("LM", "LA", "SM", "SA", "BE")
 DENSE_ORDER = 512
@@ -40,6 +40,7 @@ def eigendistortions(
     v0: Tensor | NDArray[Any] | None = None,
     rng: Any = None,
     callback: Callable[[Progress], object] | None = None,
+    certify: str = "residuals",
 ) -> Eigendistortions:
     """Find the distortions that a model notices most and least: extreme eigenpairs of its Fisher matrix, with proof.
 
@@ -68,6 +69,11 @@ def eigendistortions(
     callback : callable, optional
         Called with a `Progress` (iteration, n_matvec, residuals) after every step; returning True stops the work
         and returns the best pairs so far.
+
+    certify : {"residuals", "probe"}, optional
+        "residuals" proves that every pair is an eigenpair, for k products. "probe" spends 60 more on a search of what
+        is orthogonal to the result: it bounds, with probability 0.999, the rest of the spectrum, so that `message` can
+        say whether a larger (smaller) eigenvalue may have been missed, and it estimates the null space.
 
     Returns
     -------
@@ -102,77 +108,15 @@ def eigendistortions(
         raise ValueError(f"method {name!r} finds the largest pairs only: use which='LM', or another method")
     if maxiter is not None and maxiter < 1:
         raise ValueError(f"maxiter must be at least 1, not {maxiter}")
+    _known(certify, ("residuals", "probe"), "certify")
     control = Control(operator, maxiter or backend.maxiter, callback)
     found = backend.solve(operator, request, control)
-    result = certify(operator, request, found, name, reason)
+    result = certificate.certify(operator, request, found, name, reason, probe=certify == "probe")
     if result.lambda_max == 0:
         warnings.warn("F = 0: every direction is a null direction, and these are arbitrary ones", stacklevel=2)
     elif not result.converged.all():
         warnings.warn(_advice(result, control, name), ConvergenceWarning, stacklevel=2)
     return result
-
-
-def certify(op: RowOperator, request: Request, found: Found, method: str, reason: str = "") -> Eigendistortions:
-    """Judge a solver's vectors by fresh products: nothing that a solver says of its own residuals is believed.
-
-    Values are the squared singular values of L X where F = L^T L is known, for these keep digits that X^T F X loses
-    to rounding; else they are Ritz values. Residual bounds: Parlett (1998), "The symmetric eigenvalue problem",
-    theorem 4.5.1, with an allowance for rounding in the products.
-    """
-    x = orthonormal(found.vectors)
-    if len(x) < request.k:
-        x = torch.cat([x, orthonormal(op.random_rows(request.k - len(x), request.rng), x)])
-    if op.factored:
-        images = op.factor(x)
-        padded = torch.nn.functional.pad(images.double(), (0, max(0, len(x) - images.shape[1])))
-        mix, singular, _ = torch.linalg.svd(padded, full_matrices=False)
-        values = singular**2
-        products = op.factor_adjoint(mix.T.to(x.dtype) @ images)
-    else:
-        products = op.rows(x)
-        values, mix = (part.flip(-1) for part in torch.linalg.eigh(symmetric(gram(x, products))))
-        products = mix.T.to(x.dtype) @ products
-    x = mix.T.to(x.dtype) @ x
-    norms = (products.double() - values[:, None] * x.double()).norm(dim=1)
-    lambda_max = max(found.lambda_max, float(values[0]), 0.0)
-    rounding = 32 * torch.finfo(op.dtype).eps * lambda_max
-    bounds = torch.stack([(values - norms - rounding).clamp(min=0), values + norms + rounding], dim=1)
-    residuals = norms / lambda_max if lambda_max > 0 else torch.zeros_like(norms)
-    converged = residuals <= request.tol
-    nullity, known = _nullity(op, request, found, values, converged, lambda_max)
-    words = [
-        f"{method}: {int(converged.sum())} of {request.k} pairs converged to {request.tol:.1e} "
-        f"in {op.n_matvec} products",
-        reason,
-        found.note,
-        f"the null space has dimension {nullity}" + ("" if known else " or more") if nullity else "",
-    ]
-    return Eigendistortions(
-        eigenvalues=values.cpu().numpy(),
-        eigendistortions=_in_shape(op, _signed(x)),
-        index=np.array([*range(request.largest), *range(op.n - request.smallest, op.n)]),
-        residuals=residuals.cpu().numpy(),
-        converged=converged.cpu().numpy(),
-        eigenvalue_bounds=bounds.cpu().numpy(),
-        n_matvec=op.n_matvec,
-        method=method,
-        tol=request.tol,
-        message="; ".join(word for word in words if word) + ".",
-        nullity=nullity,
-        lambda_max=lambda_max,
-        image=op.image,
-    )
-
-
-def _nullity(
-    op: RowOperator, request: Request, found: Found, values: Tensor, converged: Tensor, lambda_max: float
-) -> tuple[int, bool]:
-    """Return the dimension of the null space as far as it is known, and whether that is all of it."""
-    if found.nullity is not None:
-        return found.nullity, True
-    # An eigenvector's image under F is zero to rounding; a Ritz value that is merely small proves nothing.
-    zeros = int((converged & (values <= 4 * torch.finfo(op.dtype).eps * lambda_max))[request.largest :].sum())
-    return max(op.n - op.m if op.m else 0, zeros, 0), False
 
 
 def _choose(op: RowOperator, request: Request) -> tuple[str, str]:
@@ -218,19 +162,6 @@ def _known(name: Any, names: tuple[str, ...], what: str) -> str:
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f": did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{what} must be one of {', '.join(names)}, not {name!r}{hint}")
-
-
-def _signed(x: Tensor) -> Tensor:
-    """Give every row the sign that makes its entry of largest magnitude positive."""
-    largest = x.gather(1, x.abs().argmax(dim=1, keepdim=True))
-    return torch.where(largest < 0, -x, x)
-
-
-def _in_shape(op: RowOperator, x: Tensor) -> Any:
-    if op.image is None:
-        return x if isinstance(op.source, Tensor) else x.numpy()
-    shape = op.image.shape
-    return x.reshape(len(x), *(shape[1:] if len(shape) > 1 and shape[0] == 1 else shape))
 
 
 def _advice(result: Eigendistortions, control: Control, method: str) -> str:

@@ -39,6 +39,9 @@ class Eigendistortions:
         ``residuals <= tol``.
     eigenvalue_bounds : ndarray of float64, shape (k, 2)
         An interval that holds a true eigenvalue of F.
+    clusters : ndarray of int, shape (k,)
+        1 where a pair's vector is determined up to its sign; else the dimension (or a lower bound of it) of the
+        subspace that is determined, within which the vector depends on the seed.
     n_matvec : int
         Products with F used, those of the proof included.
     method : str
@@ -61,6 +64,7 @@ class Eigendistortions:
     residuals: NDArray[np.float64]
     converged: NDArray[np.bool_]
     eigenvalue_bounds: NDArray[np.float64]
+    clusters: NDArray[np.int64]
     n_matvec: int
     method: str
     tol: float
@@ -141,7 +145,7 @@ class Eigendistortions:
         return cls(**arrays, **facts, image=None if image is None else torch.from_numpy(image).to(device))
 
 
-_ARRAYS = ("eigenvalues", "index", "residuals", "converged", "eigenvalue_bounds")
+_ARRAYS = ("eigenvalues", "index", "residuals", "converged", "eigenvalue_bounds", "clusters")
 _FACTS = ("n_matvec", "method", "tol", "message", "nullity", "lambda_max")
 
 

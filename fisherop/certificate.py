@@ -1,0 +1,259 @@
+"""The judge of every solver: fresh products, bounds, clusters, and a search for what may have been missed.
+
+A residual proves that a pair is an eigenpair; it cannot prove that no larger (smaller) one exists. For that, `certify`
+may spend a short Lanczos run on what is orthogonal to the pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fisherop.operators import RowOperator
+from fisherop.result import Eigendistortions
+from fisherop.solvers.contract import Found, Request, gram, orthonormal, ritz, symmetric
+
+PROBE_STEPS = 60
+DOUBT = 1e-3
+"""Probability that the bounds of a probe do not hold."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Ritz pairs from fresh products: values descending, orthonormal rows, norms of the residual vectors."""
+
+    values: Tensor
+    rows: Tensor
+    norms: Tensor
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a Lanczos run found orthogonal to the pairs: bounds of the rest of F, and its weight near zero."""
+
+    low: float
+    high: float
+    null_dimension: float
+    null_deviation: float
+    extremes: Tensor
+
+
+def certify(
+    op: RowOperator, request: Request, found: Found, method: str, reason: str = "", *, probe: bool = False
+) -> Eigendistortions:
+    """Judge a solver's vectors by fresh products: nothing that a solver says of its own residuals is believed."""
+    pairs = fresh_pairs(op, found.vectors, request)
+    lambda_max = max(found.lambda_max, float(pairs.values[0]), 0.0)
+    rest, missed = None, False
+    if probe and request.k < op.n:
+        rest = probe_rest(op, pairs, request)
+        _, better, _ = ritz(*_multiplied(op, torch.cat([pairs.rows, rest.extremes])), request.largest, request.smallest)
+        improved = fresh_pairs(op, better, request)
+        slack = request.tol * lambda_max
+        ahead = (improved.values - pairs.values)[: request.largest]
+        below = (pairs.values - improved.values)[request.largest :]
+        missed = bool((ahead > slack).any() or (below > slack).any())
+        pairs = improved if missed else pairs
+        lambda_max = max(lambda_max, float(pairs.values[0]))
+    rounding = 32 * torch.finfo(op.dtype).eps * lambda_max
+    low = (pairs.values - pairs.norms - rounding).clamp(min=0)
+    bounds = torch.stack([low, pairs.values + pairs.norms + rounding], dim=1)
+    residuals = pairs.norms / lambda_max if lambda_max > 0 else torch.zeros_like(pairs.norms)
+    converged = residuals <= request.tol
+    nullity, known = _nullity(op, request, found, pairs, converged, lambda_max)
+    clusters = _clusters(pairs, rounding, nullity)
+    words = [
+        f"{method}: {int(converged.sum())} of {request.k} pairs converged to {request.tol:.1e} "
+        f"in {op.n_matvec} products",
+        reason,
+        found.note,
+        _null_words(nullity, known, rest),
+        _cluster_words(clusters, request, op.n),
+        _probe_words(rest, missed, pairs, request, lambda_max),
+    ]
+    return Eigendistortions(
+        eigenvalues=pairs.values.cpu().numpy(),
+        eigendistortions=_in_shape(op, _signed(pairs.rows)),
+        index=np.array([*range(request.largest), *range(op.n - request.smallest, op.n)]),
+        residuals=residuals.cpu().numpy(),
+        converged=converged.cpu().numpy(),
+        eigenvalue_bounds=bounds.cpu().numpy(),
+        clusters=clusters,
+        n_matvec=op.n_matvec,
+        method=method,
+        tol=request.tol,
+        message="; ".join(word for word in words if word) + ".",
+        nullity=nullity,
+        lambda_max=lambda_max,
+        image=op.image,
+    )
+
+
+def fresh_pairs(op: RowOperator, rows: Tensor, request: Request) -> Pairs:
+    """Return the Ritz pairs of the span of rows, random rows added where there are fewer than k.
+
+    Values are the squared singular values of L X where F = L^T L is known, for these keep digits that X^T F X loses
+    to rounding.
+    """
+    x = orthonormal(rows)
+    if len(x) < request.k:
+        x = torch.cat([x, orthonormal(op.random_rows(request.k - len(x), request.rng), x)])
+    if op.factored:
+        images = op.factor(x)
+        padded = torch.nn.functional.pad(images.double(), (0, max(0, len(x) - images.shape[1])))
+        mix, singular, _ = torch.linalg.svd(padded, full_matrices=False)
+        values = singular**2
+        products = op.factor_adjoint(mix.T.to(x.dtype) @ images)
+    else:
+        products = op.rows(x)
+        values, mix = (part.flip(-1) for part in torch.linalg.eigh(symmetric(gram(x, products))))
+        products = mix.T.to(x.dtype) @ products
+    x = mix.T.to(x.dtype) @ x
+    return Pairs(values, x, (products.double() - values[:, None] * x.double()).norm(dim=1))
+
+
+def probe_rest(op: RowOperator, pairs: Pairs, request: Request) -> Probe:
+    """Bound F on what is orthogonal to the pairs, by Lanczos from a Gaussian start with full reorthogonalization.
+
+    The Lanczos polynomial p is bounded at every eigenvalue by 1 / |component of the start along its eigenvector|; a
+    random start has a small component with small probability only. Van Dorsselaer, Hochstenbach and van der Vorst
+    (1999), "Computing probabilistic bounds for extreme eigenvalues of symmetric matrices with the Lanczos method",
+    section 3. The pairs are eigenpairs up to their residuals, which move the rest by no more than their norm.
+    """
+    n = op.n - len(pairs.rows)
+    basis = orthonormal(op.random_rows(1, request.rng), pairs.rows)
+    diagonal: list[float] = []
+    beside: list[float] = []
+    products = torch.empty(0, op.n, dtype=op.dtype, device=op.device)
+    while True:
+        product = op.rows(basis[-1:])
+        products = torch.cat([products, product])
+        diagonal.append(float(gram(basis[-1:], product)))
+        rest = product
+        for _ in range(2):
+            rest = rest - (rest @ pairs.rows.T) @ pairs.rows
+            rest = rest - (rest @ basis.T) @ basis
+        beside.append(float(rest.double().norm()))
+        exhausted = beside[-1] <= 10 * torch.finfo(op.dtype).eps * max(map(abs, diagonal))
+        if exhausted or len(diagonal) == min(PROBE_STEPS, n):
+            break
+        basis = torch.cat([basis, rest / beside[-1]])
+    values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(beside[:-1], 1) + np.diag(beside[:-1], -1))
+    top = max(float(pairs.values[0]), float(values[-1]))
+    share = float((vectors[0, values <= 10 * request.tol * top] ** 2).sum())
+    drift = float(pairs.norms.norm())
+    low, high = float(values[0]), float(values[-1])
+    if not exhausted and len(diagonal) < n:
+        low, high = -_outer(-values[::-1], beside, n), _outer(values, beside, n)
+    ends = torch.as_tensor(vectors[:, [0, -1]].T.copy()).to(basis) @ basis
+    # n times the share is near a chi-squared variable with as many degrees of freedom as the null space has dimensions.
+    deviation = math.sqrt(2 * max(n * share, 1.0) * (1 - share))
+    return Probe(max(low - drift, 0.0), high + drift, n * share, deviation, ends)
+
+
+def _outer(values: NDArray[np.float64], beside: list[float], n: int) -> float:
+    """Return the point above the Ritz values where the Lanczos polynomial says that the spectrum has ended."""
+    target = math.log(math.sqrt(2 * n / math.pi) / DOUBT) + float(np.log(beside).sum())
+    low = high = float(values[-1])
+    step = float(values[-1] - values[0]) or abs(high) or 1.0
+    while float(np.log(np.maximum(high - values, 1e-300)).sum()) < target:
+        low, high, step = high, high + step, 2 * step
+    for _ in range(60):
+        middle = (low + high) / 2
+        inside = float(np.log(np.maximum(middle - values, 1e-300)).sum()) < target
+        low, high = (middle, high) if inside else (low, middle)
+    return high
+
+
+def _multiplied(op: RowOperator, rows: Tensor) -> tuple[Tensor, Tensor]:
+    rows = orthonormal(rows)
+    return rows, op.rows(rows)
+
+
+def _nullity(
+    op: RowOperator, request: Request, found: Found, pairs: Pairs, converged: Tensor, lambda_max: float
+) -> tuple[int, bool]:
+    """Return the dimension of the null space as far as it is known, and whether that is all of it."""
+    if found.nullity is not None:
+        return found.nullity, True
+    # An eigenvector's image under F is zero to rounding; a Ritz value that is merely small proves nothing.
+    zero = converged & (pairs.values <= 4 * torch.finfo(op.dtype).eps * lambda_max)
+    return max(op.n - op.m if op.m else 0, int(zero[request.largest :].sum())), False
+
+
+def _clusters(pairs: Pairs, rounding: float, nullity: int) -> NDArray[np.int64]:
+    """Return for every pair the dimension of the subspace that is determined where its vector alone is not.
+
+    A residual r turns a vector by up to r / gap (Davis and Kahan, 1970): pairs closer than ten times their residuals
+    belong together, and a zero eigenvalue belongs to the whole null space.
+    """
+    values, norms = pairs.values.cpu().numpy(), pairs.norms.cpu().numpy()
+    apart = -np.diff(values) > 10 * np.maximum(norms[1:], norms[:-1]) + rounding
+    label = np.concatenate([[0], np.cumsum(apart)])
+    dimension: NDArray[np.int64] = np.bincount(label)[label]
+    zero = values <= rounding
+    dimension[zero] = np.maximum(dimension[zero], nullity)
+    return dimension
+
+
+def _null_words(nullity: int, known: bool, rest: Probe | None) -> str:
+    if known or rest is None or rest.null_dimension < 1:
+        return f"the null space has dimension {nullity}" + ("" if known else " or more") if nullity else ""
+    estimate = max(rest.null_dimension + nullity * (rest.null_dimension < nullity), nullity)
+    lower = f"{nullity} or more, " if nullity else ""
+    return f"the null space has dimension {lower}by the probe about {estimate:.0f} ± {2 * rest.null_deviation:.0f}"
+
+
+def _cluster_words(clusters: NDArray[np.int64], request: Request, n: int) -> str:
+    index = [*range(request.largest), *range(n - request.smallest, n)]
+    shared = [str(i) for i, dimension in zip(index, clusters, strict=True) if dimension > 1]
+    if not shared:
+        return ""
+    sizes = sorted({int(d) for d in clusters if d > 1})
+    return (
+        f"index {', '.join(shared)}: only a subspace, of dimension {' and '.join(map(str, sizes))} or more, is "
+        "determined, and the vectors in it depend on the seed"
+    )
+
+
+def _probe_words(rest: Probe | None, missed: bool, pairs: Pairs, request: Request, lambda_max: float) -> str:
+    if rest is None:
+        return ""
+    if missed:
+        return "the probe found better pairs than the solver's and put them in their place"
+    slack = request.tol * lambda_max
+    words = []
+    if request.largest:
+        worst = float(pairs.values[request.largest - 1])
+        words.append(
+            "no larger eigenvalue was missed"
+            if rest.high <= worst + slack
+            else f"a missed eigenvalue above {worst:.4g} is not excluded, but none exceeds {rest.high:.4g}"
+        )
+    if request.smallest:
+        worst = float(pairs.values[request.largest])
+        words.append(
+            "no smaller eigenvalue was missed"
+            if rest.low >= worst - slack
+            else f"a missed eigenvalue below {worst:.4g} is not excluded, but none is under {rest.low:.4g}"
+        )
+    return f"with probability {1 - DOUBT:g}, " + " and ".join(words)
+
+
+def _signed(x: Tensor) -> Tensor:
+    """Give every row the sign that makes its entry of largest magnitude positive."""
+    largest = x.gather(1, x.abs().argmax(dim=1, keepdim=True))
+    return torch.where(largest < 0, -x, x)
+
+
+def _in_shape(op: RowOperator, x: Tensor) -> Any:
+    if op.image is None:
+        return x if isinstance(op.source, Tensor) else x.numpy()
+    shape = op.image.shape
+    return x.reshape(len(x), *(shape[1:] if len(shape) > 1 and shape[0] == 1 else shape))

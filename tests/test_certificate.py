@@ -1,0 +1,102 @@
+"""The judge: a wrong set is found out, bounds hold, and words say what is known."""
+
+import numpy as np
+import pytest
+import torch
+from models import build
+from strategies import spectrum_operator
+
+import fisherop as fo
+from fisherop.certificate import certify, fresh_pairs, probe_rest
+from fisherop.operators import RowOperator
+from fisherop.solvers.contract import Found, Request
+
+
+def request(largest, smallest, tol=1e-6, seed=0):
+    return Request(largest, smallest, tol, np.random.default_rng(seed))
+
+
+def judged(values, index, largest, smallest, **kwargs):
+    """Certify chosen eigenvectors of a matrix with these eigenvalues, as if a solver had returned them."""
+    matrix, vectors = spectrum_operator(values)
+    found = Found(torch.from_numpy(vectors[:, index].T.copy()), float(max(values)))
+    return certify(RowOperator(matrix), request(largest, smallest), found, "test", **kwargs)
+
+
+SPECTRUM = np.r_[1.0, 0.8, 0.7, np.linspace(0.5, 0.1, 200), 1e-3, 0, 0]
+
+
+def test_eigenvectors_of_the_wrong_end_pass_the_residuals_but_not_the_probe():
+    wrong = [0, 2]
+    assert judged(SPECTRUM, wrong, 2, 0).converged.all()
+    result = judged(SPECTRUM, wrong, 2, 0, probe=True)
+    assert "the probe found better pairs than the solver's" in result.message
+    assert not result.converged.all() or np.allclose(result.eigenvalues, [1, 0.8])
+    result = judged(SPECTRUM, [0, 202], 1, 1, probe=True)
+    assert not result.converged.all() or np.allclose(result.eigenvalues, [1, 0])
+
+
+def test_the_right_ones_pass_both():
+    result = judged(SPECTRUM, [0, 1, 204, 205], 2, 2, probe=True)
+    assert result.converged.all()
+    assert (
+        "with probability 0.999, no larger eigenvalue was missed and no smaller eigenvalue was missed" in result.message
+    )
+
+
+def test_a_probe_bounds_the_rest_of_the_spectrum_for_every_seed():
+    matrix, vectors = spectrum_operator(SPECTRUM)
+    op = RowOperator(matrix)
+    found = Found(torch.from_numpy(vectors[:, :2].T.copy()), 1.0)
+    for seed in range(40):
+        asked = request(2, 0, seed=seed)
+        rest = probe_rest(op, fresh_pairs(op, found.vectors, asked), asked)
+        assert rest.low <= 1e-12
+        assert 0.7 <= rest.high <= 0.75
+        assert abs(rest.null_dimension - 2) <= 5 * rest.null_deviation
+
+
+def test_a_null_space_is_estimated_with_its_uncertainty():
+    matrix, _ = spectrum_operator(np.r_[np.linspace(1, 0.3, 150), np.zeros(100)])
+    message = fo.eigendistortions(matrix, 2, "LM", "arpack", certify="probe", rng=0).message
+    estimate, deviation = (float(word) for word in message.split("about ")[1].split(";")[0].split(" ± "))
+    assert abs(estimate - 100) <= 2 * deviation
+
+
+def test_the_default_certificate_costs_k_products():
+    calls = []
+
+    def product(x):
+        calls.append(x.shape)
+        return x * torch.linspace(1, 2, 50, dtype=torch.float64)
+
+    F = fo.FisherOperator(product, torch.zeros(50, dtype=torch.float64))
+    op = RowOperator(F)
+    found = Found(torch.eye(50, dtype=torch.float64)[-3:], 4.0)
+    certify(op, request(3, 0), found, "test")
+    assert op.n_matvec == 3
+
+
+def test_vectors_that_share_an_eigenvalue_are_reported_as_a_subspace():
+    values = np.r_[1.0, 1.0, 1.0, np.linspace(0.6, 0.1, 60), 0, 0]
+    result = fo.eigendistortions(spectrum_operator(values)[0], 6)
+    assert result.clusters.tolist() == [3, 3, 3, 1, 2, 2]
+    assert "index 0, 1, 2, 63, 64: only a subspace, of dimension 2 and 3 or more, is determined" in result.message
+
+
+def test_a_null_vector_belongs_to_the_whole_null_space():
+    result = fo.eigendistortions(fo.FisherOperator(*build("linear m<n")), 2)
+    assert result.clusters.tolist() == [1, 15]
+
+
+def test_too_few_or_dependent_vectors_are_filled_up_and_not_called_converged():
+    matrix, vectors = spectrum_operator(SPECTRUM)
+    twice = torch.from_numpy(np.stack([vectors[:, 0], vectors[:, 0]]))
+    result = certify(RowOperator(matrix), request(2, 0), Found(twice, 1.0), "test")
+    assert result.eigendistortions.shape == (2, 206)
+    assert result.converged.tolist() == [True, False]
+
+
+def test_an_unknown_certificate_is_refused():
+    with pytest.raises(ValueError, match="certify must be one of residuals, probe, not 'prove'"):
+        fo.eigendistortions(np.eye(3), certify="prove")
