@@ -11,7 +11,8 @@ from types import ModuleType
 
 from fisherop import images, noise
 from fisherop.eigen import eigendistortions
-from fisherop.models import LG, LGG, LN, Layer, OnOff
+from fisherop.frontend import LG, LGG, LN, OnOff
+from fisherop.models import Layer
 from fisherop.operators import FisherOperator, JacobianOperator
 from fisherop.result import ConvergenceWarning, Eigendistortions
 
