@@ -1,5 +1,6 @@
 """Every method against dense truth, at every end; a result is right, or says that it is not."""
 
+import importlib.util
 import warnings
 
 import numpy as np
@@ -16,7 +17,7 @@ from strategies import block, spectrum_operator
 import fisherop as fo
 from fisherop.solvers import BACKENDS
 
-METHODS = ["auto", *(name for name in BACKENDS if name != "primme")]
+METHODS = ["auto", *(name for name in BACKENDS if name != "primme" or importlib.util.find_spec("primme"))]
 DTYPES = (torch.float32, torch.float64)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fisherop.operators import RowOperator
-from fisherop.solvers import arpack, exact, lobpcg, power, randomized_svd
+from fisherop.solvers import arpack, exact, lobpcg, power, primme, randomized_svd
 from fisherop.solvers.contract import Control, Found, Progress, Request
 
 __all__ = ["BACKENDS", "Backend", "Control", "Found", "Progress", "Request"]
@@ -25,6 +25,7 @@ BACKENDS = {
     "exact": Backend(exact.solve, maxiter=1),
     "arpack": Backend(arpack.solve, maxiter=5000),
     "lobpcg": Backend(lobpcg.solve, maxiter=1000),
+    "primme": Backend(primme.solve, maxiter=5000),
     "power": Backend(power.solve, maxiter=1000),
     "randomized_svd": Backend(randomized_svd.solve, maxiter=100, smallest=False),
 }
