@@ -26,11 +26,19 @@ from fisherop.linearize.autodiff import (
     double_backward,
     exact_arithmetic,
     forward_mode,
-    generator,
+    random_like,
     reverse_mode,
 )
-from fisherop.linearize.checks import buffers_kept, check_same_twice, checked_image, close, flat_response, weights
-from fisherop.linearize.program import bytes_of, compiled
+from fisherop.linearize.checks import (
+    adjoint,
+    buffers_kept,
+    check_same_twice,
+    checked_image,
+    close,
+    flat_response,
+    weights,
+)
+from fisherop.linearize.program import bytes_of, compiled, memory_key
 from fisherop.linearize.record import RecordError, record
 
 __all__ = ["Linearization", "Product"]
@@ -120,13 +128,13 @@ class Linearization:
             )
         if len(rows) == 0:
             return rows.new_zeros(0, width)
-        blocks = [product(block) for block in rows.split(self.tuning["block"])]
+        blocks = [product(block) for block in rows.contiguous().split(self.tuning["block"])]
         result = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         shared = result.untyped_storage()._cdata == rows.untyped_storage()._cdata
         return result.clone() if shared else result
 
     def _respond(self, x: Tensor) -> Tensor:
-        return flat_response(self.model(x), self.image)
+        return flat_response(self.model(x.clone()), self.image)
 
     def _products(self, pinned: dict[str, Any] | None) -> tuple[Product, Product]:
         """Return J and its transpose as products with blocks, by the best strategy that passes its tests."""
@@ -201,10 +209,11 @@ class Linearization:
 
     def _hold(self, programs: Any) -> None:
         """Count the bytes held, and note the weights that the programs read in place."""
-        own = {weight.untyped_storage()._cdata: weight for _, weight in weights(self.model)}
-        held = {c.untyped_storage()._cdata: c for program in programs for c in program.constants.values()}
+        own = {memory_key(weight): weight for _, weight in weights(self.model)}
+        held = {memory_key(c): c for program in programs for c in program.constants.values()}
         self.memory = sum(bytes_of(c) for key, c in held.items() if key not in own)
-        self._held = [(own[key], own[key]._version) for key in held if key in own]
+        watched = [*own.values(), *held.values()]
+        self._held = [(tensor, tensor._version) for tensor in watched if not tensor.is_inference()]
 
     def _constant(self) -> tuple[Product, Product]:
         self.strategy, self.tuning = "constant", {"block": LARGEST_BLOCK}
@@ -212,8 +221,7 @@ class Linearization:
         return lambda t: t.new_zeros(len(t), m), lambda u: u.new_zeros(len(u), n)
 
     def _check_adjoint(self, jvp: Product, vjp: Product) -> None:
-        v = torch.randn(1, self.shape[1], generator=generator(), dtype=self.dtype).to(self.device)
-        u = torch.randn(1, self.shape[0], generator=generator(), dtype=self.dtype).to(self.device)
+        v, u = random_like(self.image.reshape(1, -1), self.response[None])
         self._check_adjoint_of(v, jvp(v), u, vjp(u))
 
     def _check_adjoint_of(self, v: Tensor, jv: Tensor, u: Tensor, jtu: Tensor) -> None:
@@ -222,13 +230,13 @@ class Linearization:
             raise ValueError(
                 "the derivative of the response holds NaN or infinity at this image: is a square root at 0?"
             )
-        left, right = (jv.double().flatten() @ u.double().flatten()), (v.double().flatten() @ jtu.double().flatten())
-        if not close(left, right, jv.norm() * u.norm() + v.norm() * jtu.norm()):
+        if not adjoint(v, jv, u, jtu):
+            left, right = (a.double().flatten() @ b.double().flatten() for a, b in ((jv, u), (v, jtu)))
             raise RuntimeError(f"the adjoint test fails: <Jv, u> = {left:.9g}, <v, J'u> = {right:.9g}")
 
     def _warn_of_constant_response(self) -> None:
         """Tell a response that ignores the image from one that autograd cannot follow."""
-        shift = torch.rand(self.image.shape, generator=generator(), dtype=self.dtype).to(self.device)
+        (shift,) = random_like(self.image)
         with torch.no_grad(), differentiable():
             moved = not torch.equal(self._respond(self.image + 0.1 * shift), self.response)
         if moved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,8 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointFunction
 
 Product = Callable[[Tensor], Tensor]
+
+
+_SWITCHES = threading.RLock()
+"""Held while torch's switches, and its one level of forward mode, are in use: they belong to the whole process."""
 
 
 @contextmanager
@@ -20,10 +26,14 @@ def differentiable() -> Iterator[None]:
 
     The fused attention paths have no forward-mode derivative.
     """
-    with ExitStack() as stack:
+    with _SWITCHES, ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(exact_arithmetic())
+        if "apply" not in vars(CheckpointFunction):
+            # A checkpoint is the function it wraps; torch.autograd.grad refuses the reentrant kind.
+            CheckpointFunction.apply = staticmethod(lambda function, _, *args: function(*args))
+            stack.callback(delattr, CheckpointFunction, "apply")
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
         yield
@@ -80,6 +90,10 @@ def double_backward(leaf: Tensor, response: Tensor) -> Product:
     return product
 
 
-def generator() -> torch.Generator:
-    """Return the source of the few random vectors that products are tested with, the same every time."""
-    return torch.Generator().manual_seed(0)
+def random_like(*tensors: Tensor) -> list[Tensor]:
+    """Return Gaussian tensors of given shapes: the vectors that products are tested with, the same every time.
+
+    All from one source: were tangent and cotangent equal, J in place of its transpose would pass the adjoint test.
+    """
+    source = torch.Generator("cpu").manual_seed(0)
+    return [torch.randn(t.shape, generator=source, dtype=t.dtype, device="cpu").to(t.device) for t in tensors]

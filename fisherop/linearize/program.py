@@ -90,7 +90,14 @@ def compiled(program: Program) -> Callable[[Tensor], Tensor]:
 
 def bytes_of(tensor: Tensor) -> int:
     """Return the memory behind a tensor."""
-    return int(tensor.untyped_storage().nbytes())
+    if tensor.is_sparse:
+        return int(tensor._nnz()) * (tensor.element_size() + 8 * tensor.sparse_dim())
+    return int(tensor.untyped_storage().nbytes()) if tensor.layout is torch.strided else int(tensor.nbytes)
+
+
+def memory_key(tensor: Tensor) -> int:
+    """Return what tensors that share memory have in common."""
+    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else -id(tensor)
 
 
 def _node_bytes(node: fx.Node) -> int:
@@ -120,12 +127,10 @@ def _add(program: Program, node: Any) -> None:
     for value, other in ((0, 1), (1, 0)):
         constant = program.constant(node.args[other])
         kept = node.args[value]
-        if (
-            constant is not None
-            and isinstance(kept, fx.Node)
-            and not constant.any()
-            and shape_of(kept) == shape_of(node)
-        ):
+        if constant is None or constant.any() or not isinstance(kept, fx.Node) or program.constant(kept) is not None:
+            continue
+        same = shape_of(kept) == shape_of(node) and kept.meta["dtype"] == node.meta["dtype"]
+        if same and (value == 0 or node.kwargs.get("alpha", 1) == 1):
             program.replace(node, kept)
             return
 
@@ -136,9 +141,9 @@ def _mul(program: Program, node: Any) -> None:
     if program.constant(value) is not None or not isinstance(value, fx.Node):
         value, factor = factor, value
     scale = program.constant(factor) if isinstance(factor, fx.Node) else torch.tensor(factor, dtype=node.meta["dtype"])
-    if scale is None or not isinstance(value, fx.Node) or scale.dtype != node.meta["dtype"]:
+    if scale is None or not isinstance(value, fx.Node) or {scale.dtype, _dtype(program, value)} != {node.meta["dtype"]}:
         return
-    if scale.numel() == 1 and float(scale) == 1 and shape_of(value) == shape_of(node):
+    if scale.numel() == 1 and scale.item() == 1 and shape_of(value) == shape_of(node):
         program.replace(node, value)
     elif len(value.users) == 1 and value.target is aten.mul.Tensor and program.constant(value.args[1]) is not None:
         first = program.constant(value.args[1])
@@ -155,7 +160,12 @@ def _mul(program: Program, node: Any) -> None:
         else:
             node.args = (value, factor)
     else:
-        node.args = (value, factor if isinstance(factor, fx.Node) else float(factor))
+        node.args = (value, factor)
+
+
+def _dtype(program: Program, node: fx.Node) -> torch.dtype:
+    constant = program.constant(node)
+    return node.meta["dtype"] if constant is None else constant.dtype
 
 
 def _no_larger(first: Tensor, second: Tensor) -> bool:

@@ -17,8 +17,9 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fisherop.linearize.autodiff import Product, generator
-from fisherop.linearize.program import Program, aten, compiled
+from fisherop.linearize.autodiff import Product, random_like
+from fisherop.linearize.checks import adjoint
+from fisherop.linearize.program import Program, aten, compiled, memory_key
 
 
 class RecordError(RuntimeError):
@@ -56,32 +57,50 @@ def record(respond: Product, image: Tensor) -> Recording:
     forward mode, J is the derivative of the recorded transpose, which is linear.
     """
     leaf = image.clone().requires_grad_()
-    tangent = torch.randn(image.shape, generator=generator(), dtype=image.dtype).to(image.device)
+    (tangent,) = random_like(image)
     response, change, jvp = _forward(respond, leaf, tangent)
     if not response.requires_grad:
         return Recording(response.detach(), None, None, False, {})
-    cotangent = torch.randn(response.shape, generator=generator(), dtype=image.dtype).to(image.device)
-    recorder = Recorder(cotangent)
-    with recorder:
-        (gradient,) = torch.autograd.grad(response, leaf, cotangent, materialize_grads=True)
-    vjp = recorder.program(gradient)
-    if change is None:
+    _, cotangent = random_like(image, response)
+    try:
+        vjp, gradient = _backward(response, leaf, cotangent)
+    except RuntimeError:
+        if change is None:
+            raise
+        change = None  # a checkpoint's graph cannot be walked back where tangents went through it
+        with torch.enable_grad():
+            response = respond(leaf)
+        vjp, gradient = _backward(response, leaf, cotangent)
+    if change is None or not adjoint(tangent, change.detach(), cotangent, gradient):
         jvp, change = _transposed(vjp, cotangent, tangent)
     probes = {"J": (tangent, change.detach()), "Jt": (cotangent, gradient)}
     return Recording(response.detach(), jvp, vjp, True, probes)
 
 
+def _backward(response: Tensor, leaf: Tensor, cotangent: Tensor) -> tuple[Program | None, Tensor]:
+    recorder = Recorder(cotangent)
+    with recorder:
+        (gradient,) = torch.autograd.grad(response, leaf, cotangent, materialize_grads=True)
+    return recorder.program(gradient), gradient
+
+
 def _forward(respond: Product, leaf: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor | None, Program | None]:
     """Run the model; return its response, the change by forward mode, and J; no change where that has no rule."""
-    recorder = Recorder(tangent)
-    try:
-        with torch.enable_grad(), forward_ad.dual_level(), recorder:
-            response, change = forward_ad.unpack_dual(respond(forward_ad.make_dual(leaf, tangent)))
-            change = torch.zeros_like(response) if change is None else change
-        return response, change, recorder.program(change)
-    except (RuntimeError, NotImplementedError):
-        with torch.enable_grad():
-            return respond(leaf), None, None
+    enabled = torch._C._get_mkldnn_enabled()
+    for fused in (enabled, False):  # oneDNN's fused LSTM has neither forward mode nor a second derivative
+        recorder = Recorder(tangent)
+        try:
+            torch._C._set_mkldnn_enabled(fused)  # mkldnn.flags() would set TF32 too, and warn
+            with torch.enable_grad(), forward_ad.dual_level(), recorder:
+                response, change = forward_ad.unpack_dual(respond(forward_ad.make_dual(leaf, tangent)))
+                change = torch.zeros_like(response) if change is None else change
+            return response, change, recorder.program(change)
+        except (RuntimeError, NotImplementedError):
+            pass
+        finally:
+            torch._C._set_mkldnn_enabled(enabled)
+    with torch.enable_grad():
+        return respond(leaf), None, None
 
 
 def _transposed(program: Program | None, point: Tensor, tangent: Tensor) -> tuple[Program | None, Tensor]:
@@ -120,7 +139,13 @@ class _Constant:
 
     tensor: Tensor
     node: fx.Node
-    value: Tensor
+    copy: Tensor | None = None
+
+    @property
+    def value(self) -> Tensor:
+        # Detached: the program must not see that a module later replaces its weight's data. Read outside the mode, this
+        # shares the original's count of writes.
+        return self.tensor.detach() if self.copy is None else self.copy
 
 
 class Recorder(TorchDispatchMode):
@@ -151,6 +176,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is aten._efficientzerotensor.default:  # torch crashes where one meets a dispatch mode
+            return torch.zeros(args[0], **kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         written = _written(func, args, kwargs)
         if not any(self._depends(tensor) for tensor in inputs):
@@ -163,8 +190,16 @@ class Recorder(TorchDispatchMode):
             output = func(*args, **kwargs)
             self._track(output, self._node(args[0]))
             return output
+        if func is aten.as_strided.default:
+            # Strides and offset speak of this memory, which has another layout when the program runs.
+            output = func(*args, **kwargs)
+            self._track(output, self._view(self._writer(args[0]), output))
+            return output
         call = tree_map_only(Tensor, self._node, (args, kwargs))
         output = func(*args, **kwargs)
+        if func in _PLAIN:
+            func, count = _PLAIN[func]
+            call = call[0][:count], {}
         node = self.graph.call_function(func, *call)
         self._track_output(func, output, node)
         return output
@@ -184,11 +219,13 @@ class Recorder(TorchDispatchMode):
         target = args[0] if args else None
         if len(written) != 1 or written[0] is not target:
             raise RecordError(f"{func} writes to other memory than its first argument")
+        if target.is_conj() or target.is_neg():
+            raise RecordError(f"{func} writes through a conjugated or negated view")
         before = self._whole(target) if not _fills_memory(target) else None
         self._keep_constants_of(target)
         node = self._out_of_place(func, args, kwargs)
         output = func(*args, **kwargs)
-        key = _key(target)
+        key = memory_key(target)
         memory = self._memory.setdefault(key, _Memory(0, None))
         memory.version += 1
         if before is not None:
@@ -225,24 +262,26 @@ class Recorder(TorchDispatchMode):
 
     def _whole(self, tensor: Tensor) -> fx.Node:
         """Return the node of all the memory behind a tensor, as a flat vector, before it is written."""
-        memory = self._memory.get(_key(tensor))
-        if memory is None:
+        if memory_key(tensor) not in self._memory:
             return self._constant(_flat(tensor).clone())
-        writer = memory.writer
-        if writer is None:
-            writer = next(
-                (v for v in self._values.values() if _key(v.tensor) == _key(tensor) and _fills_memory(v.tensor)), None
-            )
-        if writer is None:
-            raise RecordError("a write into part of a view cannot be followed")
-        return self._view(writer, _flat(tensor))
+        return self._view(self._writer(tensor), _flat(tensor))
+
+    def _writer(self, tensor: Tensor) -> _Value:
+        """Return the latest value that covers all the memory behind a tensor."""
+        memory = self._memory[memory_key(tensor)]
+        if memory.writer is None:
+            same = (v for v in self._values.values() if memory_key(v.tensor) == memory_key(tensor))
+            memory.writer = next((v for v in same if _fills_memory(v.tensor)), None)
+        if memory.writer is None:
+            raise RecordError("a view of memory that no recorded tensor covers cannot be followed")
+        return memory.writer
 
     def _view(self, writer: _Value, tensor: Tensor) -> fx.Node:
         """Return the node of a tensor that shares memory with a writer that covers that memory."""
+        if tensor.is_conj() or tensor.is_neg():
+            raise RecordError("a conjugated or negated view is read after its memory was written")
         if _geometry(writer.tensor) == _geometry(tensor):
             return writer.node
-        if writer.tensor.dtype != tensor.dtype:
-            raise RecordError("memory is written as one dtype and read as another")
         flat = self.graph.call_function(aten.reshape.default, (writer.node, [-1]))
         describe(flat, writer.tensor.reshape(-1))
         if not writer.tensor.is_contiguous():
@@ -250,32 +289,41 @@ class Recorder(TorchDispatchMode):
             order[_places(writer.tensor)] = torch.arange(len(order), device=order.device)
             flat = self.graph.call_function(aten.index_select.default, (flat, 0, self._constant(order)))
             describe(flat, _flat(writer.tensor))
-        if tensor.ndim == 1 and tensor.is_contiguous() and tensor.numel() == writer.tensor.numel():
+        if writer.tensor.dtype != tensor.dtype:
+            flat = self._reinterpreted(flat, writer.tensor, tensor)
+        if tensor.ndim == 1 and tensor.is_contiguous() and tensor.numel() == _length(tensor):
             return flat
         picked = self.graph.call_function(aten.index_select.default, (flat, 0, self._constant(_places(tensor))))
         describe(picked, tensor.reshape(-1))
         return describe(self.graph.call_function(aten.reshape.default, (picked, list(tensor.shape))), tensor)
 
+    def _reinterpreted(self, flat: fx.Node, written: Tensor, read: Tensor) -> fx.Node:
+        """Read complex memory as pairs of real numbers, or the other way round."""
+        if written.is_complex() and read.dtype is written.real.dtype:
+            pairs = self.graph.call_function(aten.view_as_real.default, (flat,))
+            describe(pairs, read.new_empty(_length(written), 2))
+            return describe(self.graph.call_function(aten.reshape.default, (pairs, [-1])), _flat(read))
+        if read.is_complex() and written.dtype is read.real.dtype:
+            pairs = self.graph.call_function(aten.reshape.default, (flat, [-1, 2]))
+            describe(pairs, written.new_empty(_length(read), 2))
+            return describe(self.graph.call_function(aten.view_as_complex.default, (pairs,)), _flat(read))
+        raise RecordError(f"memory is written as {written.dtype} and read as {read.dtype}")
+
     def _track(self, tensor: Tensor, node: fx.Node) -> None:
         describe(node, tensor)
-        memory = self._memory.setdefault(_key(tensor), _Memory(0, None))
+        memory = self._memory.setdefault(memory_key(tensor), _Memory(0, None))
         self._values[id(tensor)] = _Value(tensor, node, memory.version)
 
     def _depends(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._values or _key(tensor) in self._memory
+        return id(tensor) in self._values or memory_key(tensor) in self._memory
 
     def _node(self, tensor: Tensor) -> fx.Node:
-        memory = self._memory.get(_key(tensor))
+        memory = self._memory.get(memory_key(tensor))
         if memory is None:
             return self._constant(tensor)
         value = self._values.get(id(tensor))
         if value is None or value.version != memory.version:
-            if memory.writer is None:
-                writer = next(v for v in self._values.values() if _key(v.tensor) == _key(tensor))
-                if not _fills_memory(writer.tensor):
-                    raise RecordError("a view made out of sight of the recorder cannot be followed")
-                memory.writer = writer
-            value = _Value(tensor, self._view(memory.writer, tensor), memory.version)
+            value = _Value(tensor, self._view(self._writer(tensor), tensor), memory.version)
             self._values[id(tensor)] = value
         return value.node
 
@@ -283,18 +331,22 @@ class Recorder(TorchDispatchMode):
         constant = self._constants.get(id(tensor))
         if constant is None:
             node = self.graph.get_attr(f"constant_{len(self._constants)}")
-            # Detached: the program must not see that a module later replaces its weight's data.
-            constant = self._constants[id(tensor)] = _Constant(tensor, node, tensor.detach())
+            constant = self._constants[id(tensor)] = _Constant(tensor, node)
         return constant.node
 
     def _keep_constants_of(self, tensor: Tensor) -> None:
         """Copy the constants that share memory with a tensor about to be written."""
         for constant in self._constants.values():
-            if _key(constant.value) == _key(tensor):
-                constant.value = constant.value.clone()
+            if memory_key(constant.value) == memory_key(tensor):
+                constant.copy = constant.value.clone()
 
 
 _READS_VALUES = (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.allclose.default)
+_PLAIN = {  # what speaks of strides, or sets a bit that later copies clear, as the mathematical function it is
+    aten._reshape_alias.default: (aten.reshape.default, 2),
+    aten._conj.default: (aten.conj_physical.default, 1),
+    aten._neg_view.default: (aten.neg.default, 1),
+}
 _ALIASES = (aten.detach.default, aten.alias.default, aten.lift_fresh.default)
 
 
@@ -311,10 +363,6 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     bound = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
     names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     return [leaf for name in names for leaf in tree_leaves(bound.get(name)) if isinstance(leaf, Tensor)]
-
-
-def _key(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _geometry(tensor: Tensor) -> tuple[Any, ...]:

@@ -73,6 +73,6 @@ def _primme() -> Any:
         import primme
     except ImportError as error:
         raise ValueError(
-            "method 'primme' needs the package primme: pip install primme, which builds with LAPACK's and BLAS's headers"
+            "method 'primme' needs the package primme: pip install primme, which needs LAPACK and BLAS to build"
         ) from error
     return primme

@@ -1,0 +1,439 @@
+"""Laws of the recorded product: right for every architecture, in blocks too, and never quietly wrong."""
+
+import gc
+import pickle
+import threading
+
+import pytest
+import torch
+from architectures import NETWORKS, SMALL, large, small
+from hypothesis import assume, given, reject
+from hypothesis import strategies as st
+from models import dense_jacobian
+from torch import nn
+
+import fisherop as fo
+from fisherop.linearize import Linearization
+from fisherop.linearize.checks import flat_response
+
+# -------------------------------------------------------------------------------------------- random programs
+# A program is a list of (operation, which tensor, which view, which other): tensors come and go in a pool of eight.
+
+
+def fitted(source, shape):
+    """Repeat a tensor's entries until they fill a shape."""
+    size = torch.Size(shape).numel()
+    flat = source.reshape(-1)
+    return flat.repeat(size // flat.numel() + 1)[:size].reshape(shape)
+
+
+VIEWS = (
+    lambda t: t,
+    lambda t: t[..., 0],
+    lambda t: t.transpose(0, -1),
+    lambda t: t[-1:],
+    lambda t: t[..., ::2],
+    lambda t: t.unsqueeze(0),
+    lambda t: t.flatten(),
+    lambda t: t.diagonal() if t.ndim == 2 else t,
+    lambda t: t.as_strided((2,), (1,), t.storage_offset()) if t.is_contiguous() and t.numel() > 1 else t,
+)
+CONSTANT = torch.linspace(-1, 1, 48, dtype=torch.float64).cos().roll(5)
+NEW = {
+    "view": lambda t, other: t,
+    "clone": lambda t, other: t.clone(),
+    "sin": lambda t, other: t.sin(),
+    "product": lambda t, other: t * fitted(other, t.shape),
+    "scaled": lambda t, other: t * fitted(CONSTANT, t.shape),
+    "constant": lambda t, other: fitted(CONSTANT, (3, 4)).clone(),
+    "filled": lambda t, other: torch.zeros(t.shape, dtype=t.dtype).copy_(t),
+    "joined": lambda t, other: torch.cat([t.reshape(-1), other.reshape(-1)]),
+    "expanded": lambda t, other: t.expand(2, *t.shape),
+    "square": lambda t, other: torch.view_as_real(torch.complex(t, t.cos()).mul_(1 + 2j)),
+}
+WRITES = {
+    "add_": lambda t, other: t.add_(fitted(CONSTANT, t.shape), alpha=2),
+    "sub_": lambda t, other: t.sub_(fitted(other, t.shape), alpha=0.5),
+    "mul_": lambda t, other: t.mul_(1.5),
+    "copy_": lambda t, other: t.copy_(fitted(other, t.shape).clone()),
+    "zero_": lambda t, other: t.zero_(),
+    "fill_": lambda t, other: t.fill_(0.7),
+    "tanh_": lambda t, other: t.tanh_(),
+    "masked_fill_": lambda t, other: t.masked_fill_(fitted(CONSTANT, t.shape) > 0.7, 0.3),
+    "lerp_": lambda t, other: t.lerp_(fitted(other, t.shape).clone(), 0.3),
+    "index_add_": lambda t, other: t.index_add_(0, torch.tensor([0]), fitted(other, (1, *t.shape[1:])).clone()),
+    "addcmul_": lambda t, other: t.addcmul_(fitted(CONSTANT, t.shape), fitted(other, t.shape).clone()),
+    "unsqueeze_": lambda t, other: t.unsqueeze_(0),
+}
+
+
+def run(program, x):
+    """Run a random program and return all that is left in the pool."""
+    pool = [x * 1]
+    for name, which, view, other in program:
+        base = pool[which % len(pool)]
+        target = VIEWS[view % len(VIEWS)](base) if base.ndim else base
+        source = pool[other % len(pool)]
+        if name in NEW:
+            pool.append(NEW[name](target, source))
+        elif target.ndim:
+            WRITES[name](target, source)
+        pool = [t for t in pool if 0 < t.numel() <= 48][-8:]
+    return torch.cat([t.reshape(-1) for t in pool])
+
+
+STEPS = st.tuples(st.sampled_from([*NEW, *WRITES]), *[st.integers(0, 71)] * 3)
+
+# ------------------------------------------------------------------------------------------------------ products
+
+ROUNDING = {torch.float32: 2e-4, torch.float64: 1e-11}
+
+
+def probes(at, count, seed=1):
+    """Return random rows for J and for its transpose."""
+    source = torch.Generator().manual_seed(seed)
+    m, n = at.shape
+    return [torch.randn(count, size, generator=source, dtype=at.dtype) for size in (n, m)]
+
+
+def assert_close(found, wanted):
+    assert (found - wanted).norm() <= ROUNDING[found.dtype] * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("name", SMALL)
+def test_small_models_are_recorded_and_their_products_are_autograds(name, dtype):
+    model, image = small(name, dtype)
+    at = Linearization(model, image)
+    assert (at.strategy, at.reason) == ("recorded", "")
+    if name == "reentrant checkpoint":
+        model.reentrant = False  # the same function, which autograd differentiates
+    dense = dense_jacobian(lambda x: flat_response(model(x.clone()), x), image)
+    v, u = probes(at, 5)
+    assert_close(at.jvp(v), v @ dense.T)
+    assert_close(at.vjp(u), u @ dense)
+    for i in range(5):
+        assert_close(at.jvp(v[i : i + 1]), v[i : i + 1] @ dense.T)
+        assert_close(at.vjp(u[i : i + 1]), u[i : i + 1] @ dense)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_are_recorded_and_agree_with_autograd(name):
+    model, image = large(name)
+    at = Linearization(model, image)
+    assert (at.strategy, at.reason) == ("recorded", "")
+    v, u = probes(at, 5)
+    jv, jtu = at.jvp(v), at.vjp(u)
+    leaf = image.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(model(leaf), leaf, u[:1].view(1, -1))
+    assert_close(jtu[:1], wanted.view(1, -1))
+    assert_close(at.vjp(u[:1]), wanted.view(1, -1))
+    # The recorded program cannot know of a step forward: a difference quotient is independent of all of it.
+    with torch.no_grad():
+        double = model.double()
+        step = 1e-7 * v[:1].double().view_as(image)
+        change = (double(image.double() + step) - double(image.double() - step)) / 2e-7
+    model.float()
+    assert (jv[:1] - change).norm() <= 5e-3 * change.norm()
+    assert_adjoint(v, jv, u, jtu)
+
+
+def assert_adjoint(v, jv, u, jtu):
+    left, right = (jv.double() @ u.double().T), (v.double() @ jtu.double().T)
+    assert (left - right).norm() <= 1e-4 * left.norm()
+
+
+@pytest.mark.slow
+def test_a_transformer_is_recorded_at_its_own_size():
+    import torchvision
+
+    torch.manual_seed(0)
+    model = torchvision.models.vit_b_16(weights=None).eval()
+    nn.init.normal_(model.heads.head.weight, std=0.02)
+    at = Linearization(model, torch.rand(1, 3, 224, 224))
+    assert at.strategy == "recorded"
+    v, u = probes(at, 2)
+    assert_adjoint(v, at.jvp(v), u, at.vjp(u))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_portilla_simoncelli_statistics_are_recorded():
+    plenoptic = pytest.importorskip("plenoptic")
+    model = plenoptic.models.PortillaSimoncelli((32, 32), n_scales=2)
+    at = Linearization(model, torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert at.strategy == "recorded"
+    v, u = probes(at, 5)
+    assert_adjoint(v, at.jvp(v), u, at.vjp(u))
+
+
+@pytest.mark.filterwarnings("ignore")
+@given(st.lists(STEPS, min_size=2, max_size=12))
+def test_random_programs_of_views_and_writes_in_place_have_autograds_jacobian(program):
+    image = torch.linspace(-1.1, 1.3, 12, dtype=torch.float64).view(3, 4)
+    try:
+        dense = torch.autograd.functional.jacobian(lambda x: run(program, x), image, strict=False).reshape(-1, 12)
+    except RuntimeError:  # autograd itself refuses some writes
+        reject()
+    assume(dense.norm() < 1e6)
+    at = Linearization(lambda x: run(program, x), image)
+    eye, tall = torch.eye(12, dtype=image.dtype), torch.eye(len(dense), dtype=image.dtype)
+    atol = 1e-11 * float(1 + dense.norm())
+    for size in (1, 2, 64):
+        jacobian = torch.cat([at.jvp(rows) for rows in eye.split(size)]).T
+        torch.testing.assert_close(jacobian, dense, rtol=0, atol=atol)
+        torch.testing.assert_close(torch.cat([at.vjp(rows) for rows in tall.split(size)]), dense, rtol=0, atol=atol)
+
+
+# --------------------------------------------------------------------------------------------------- what is refused
+
+
+class Untransposed(torch.autograd.Function):
+    """A product with a matrix, whose reverse rule forgets to transpose."""
+
+    matrix = torch.arange(16.0).view(4, 4)
+
+    @staticmethod
+    def forward(ctx, x):
+        return x @ Untransposed.matrix.T
+
+    @staticmethod
+    def backward(ctx, u):
+        return u @ Untransposed.matrix.T
+
+    @staticmethod
+    def jvp(ctx, t):
+        return t @ Untransposed.matrix.T
+
+
+def test_a_square_map_is_not_mistaken_for_its_transpose():
+    at = Linearization(Untransposed.apply, torch.ones(4))
+    eye = torch.eye(4)
+    assert torch.equal(at.jvp(eye).T, at.vjp(eye))
+
+
+class NumpySine(torch.autograd.Function):
+    """The sine, differentiated in NumPy, out of the recorder's sight."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, u):
+        return torch.from_numpy(u.detach().numpy() * ctx.saved_tensors[0].detach().cos().numpy())
+
+    @staticmethod
+    def jvp(ctx, t):
+        return None
+
+
+class BranchOnCotangent(torch.autograd.Function):
+    """Twice the input; the reverse rule reads a value of the cotangent."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, u):
+        return 2 * u if float(u.sum()) > 0 else u + u
+
+    @staticmethod
+    def jvp(ctx, t):
+        return 2 * t
+
+
+def test_a_model_that_reads_a_value_of_its_derivative_falls_back_and_says_why():
+    at = Linearization(BranchOnCotangent.apply, torch.ones(4))
+    assert at.strategy != "recorded"
+    assert "reads a value of the derivative" in at.reason
+    assert torch.equal(at.vjp(-torch.eye(4)), -2 * torch.eye(4))
+
+
+class NumpyForward(NumpySine):
+    """The same, with a forward rule in NumPy as well."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return x.sin()
+
+    @staticmethod
+    def jvp(ctx, t):
+        return torch.from_numpy(t.numpy() * ctx.saved_tensors[0].detach().cos().numpy())
+
+
+def test_numpy_inside_a_function_falls_back_and_says_why():
+    image = torch.tensor([0.1, 0.7])
+    at = Linearization(NumpyForward.apply, image)
+    assert at.strategy == "forward-mode"
+    assert "leaves torch's operations" in at.reason
+    assert_close(at.jvp(torch.eye(2)), image.cos().diag())
+
+
+def test_a_function_without_any_derivative_gives_an_error_that_names_it():
+    @torch.library.custom_op("fisherop_tests::opaque", mutates_args=())
+    def opaque(x: torch.Tensor) -> torch.Tensor:
+        return x.sin()
+
+    with pytest.raises((ValueError, RuntimeError), match="opaque"):
+        Linearization(lambda x: opaque(x) + x, torch.ones(3))
+
+
+# ---------------------------------------------------------------------------------------------------------- lifetime
+
+
+def normalized_network():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.ReLU()
+    return nn.Sequential(*layers).eval()
+
+
+WEIGHTS = ("0.weight", "1.weight", "1.bias", "1.running_var", "3.weight", "3.bias")
+IMAGE = torch.rand(1, 2, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_weight_written_afterwards_is_noticed_and_refresh_heals_it(name):
+    model = normalized_network()
+    op = fo.JacobianOperator(model, IMAGE)
+    with torch.no_grad():
+        model.state_dict()[name].mul_(1.5)
+    rows = torch.eye(op.shape[1])[:3]
+    with pytest.raises(RuntimeError, match="weights were written"):
+        op.rows(rows)
+    op.refresh()
+    assert torch.equal(op.rows(rows), fo.JacobianOperator(model, IMAGE, tuning=op.tuning).rows(rows))
+
+
+def test_a_tensor_that_a_function_closes_over_is_watched_too():
+    factor = torch.linspace(1, 2, 128)
+    op = fo.JacobianOperator(lambda x: x.flatten() * factor, IMAGE)
+    factor.mul_(2)
+    with pytest.raises(RuntimeError, match="written"):
+        op @ torch.ones(128)
+
+
+class Workspace(nn.Module):
+    """A model that keeps the last image in a tensor of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = torch.zeros(1, 2, 8, 8)
+
+    def forward(self, x):
+        self.seen.copy_(x.detach())
+        return x * self.seen
+
+
+def test_a_workspace_overwritten_by_another_call_is_noticed():
+    model = Workspace()
+    op = fo.JacobianOperator(model, IMAGE)
+    model(3 * IMAGE)
+    with pytest.raises(RuntimeError, match="written"):
+        op @ torch.ones(128)
+
+
+def test_memory_counts_what_the_products_hold_beside_the_weights():
+    def scaled(x):
+        return x.flatten() * torch.arange(128.0)
+
+    assert fo.JacobianOperator(scaled, IMAGE).memory == 128 * 4  # J and its transpose share it
+    assert fo.JacobianOperator(nn.Linear(8, 3, bias=False), IMAGE).memory == 0
+
+
+def test_pinned_tuning_gives_the_same_bits():
+    model = normalized_network()
+    op = fo.FisherOperator(model, IMAGE)
+    twin = fo.FisherOperator(model, IMAGE, tuning=op.tuning)
+    X = torch.randn(128, 11, generator=torch.Generator().manual_seed(3))
+    assert twin.tuning == op.tuning
+    assert torch.equal(op @ X, twin @ X)
+
+
+def test_a_pickled_operator_gives_the_same_bits():
+    op = fo.FisherOperator(normalized_network(), IMAGE)
+    X = torch.randn(128, 11, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(pickle.loads(pickle.dumps(op)) @ X, op @ X)
+
+
+def test_rows_of_any_layout_give_the_same_products():
+    op = fo.JacobianOperator(small("column set", torch.float32)[0], IMAGE)
+    columns = torch.randn(128, 3, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(op.rows(columns.T), op.rows(columns.T.contiguous()))
+    assert torch.equal(op.rows(columns.T[1:2]), op.rows(columns.T[1:2].clone()))
+
+
+def test_products_from_two_threads_are_right():
+    op = fo.FisherOperator(normalized_network(), IMAGE)
+    X = torch.randn(128, 9, generator=torch.Generator().manual_seed(3))
+    wanted, found = op @ X, []
+
+    def work():
+        found.extend(torch.equal(op @ X, wanted) for _ in range(50))
+
+    in_threads(work)
+    assert len(found) == 100
+    assert all(found)
+
+
+def test_operators_made_in_two_threads_are_right_and_leave_torchs_switches_alone():
+    model = normalized_network()
+    model(IMAGE)
+    before, found = switches(), []
+    wanted = fo.JacobianOperator(model, IMAGE) @ torch.eye(128)
+
+    def work():
+        for _ in range(5):
+            found.append(fo.JacobianOperator(model, IMAGE) @ torch.eye(128))
+
+    in_threads(work)
+    for result in found:
+        assert_close(result, wanted)
+    assert len(found) == 10
+    assert switches() == before
+
+
+def in_threads(work):
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def switches():
+    sdp = torch.backends.cuda
+    return (
+        torch.backends.mha.get_fastpath_enabled(),
+        sdp.flash_sdp_enabled(),
+        sdp.mem_efficient_sdp_enabled(),
+        sdp.math_sdp_enabled(),
+        torch.backends.mkldnn.enabled,
+    )
+
+
+def test_autocast_around_a_product_does_not_round_it():
+    op = fo.FisherOperator(normalized_network(), IMAGE)
+    x = torch.randn(128, generator=torch.Generator().manual_seed(3))
+    wanted = op @ x
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(op @ x, wanted)
+
+
+def test_ten_thousand_products_leave_nothing_behind():
+    op = fo.FisherOperator(lambda x: x**2, torch.arange(1.0, 5.0))
+    x, X = torch.ones(4), torch.ones(4, 3)
+
+    def alive():
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    op @ x, op @ X
+    before = alive()
+    for _ in range(5000):
+        op @ x
+        op @ X
+    assert alive() <= before + 2
