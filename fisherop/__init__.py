@@ -15,6 +15,7 @@ from fisherop.frontend import LG, LGG, LN, OnOff
 from fisherop.models import Layer
 from fisherop.operators import FisherOperator, JacobianOperator
 from fisherop.result import ConvergenceWarning, Eigendistortions
+from fisherop.solvers.nullspace import NullProjection, project_to_null
 
 __version__ = "0.1.0"
 
@@ -29,11 +30,13 @@ __all__ = [
     "FisherOperator",
     "JacobianOperator",
     "Layer",
+    "NullProjection",
     "OnOff",
     "eigendistortions",
     "images",
     "noise",
     "plot",
+    "project_to_null",
 ]
 
 

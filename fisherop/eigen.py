@@ -22,11 +22,13 @@ from torch import Tensor
 from fisherop import certificate
 from fisherop.operators import RowOperator
 from fisherop.result import ConvergenceWarning, Eigendistortions
-from fisherop.solvers import BACKENDS, Control, Progress, Request, exact
+from fisherop.solvers import BACKENDS, Control, Progress, Request, exact, lanczos
 
 WHICH = ("LM", "LA", "SM", "SA", "BE")
 DENSE_ORDER = 512
 DENSE_BYTES = 1 << 30
+SHORT_BASIS = 100
+"""Vectors in memory with fewer than which a Krylov method would restart too often at the small end."""
 
 
 def eigendistortions(
@@ -54,8 +56,10 @@ def eigendistortions(
         As in SciPy: "LM" or "LA" the k largest, "SM" or "SA" the k smallest, "BE" half from each end with the odd
         one from the top.
     method : str, optional
-        "exact" (dense, of the short side's size), "arpack", "lobpcg", "power", "randomized_svd" (largest only), or
-        "auto": exact where that is small, else ARPACK.
+        "exact" (dense, of the short side's size), "lanczos" (block Lanczos for both ends), "nullspace" (projection,
+        for the small end of a matrix with a null space), "arpack", "lobpcg", "primme" (where installed), "power",
+        "randomized_svd" (largest only), or "auto": exact where that is small, else lanczos, or nullspace where memory
+        is short; `message` says which and why.
     tol : float, optional
         A pair is converged when ``||F v - lambda v|| <= tol * lambda_max``, for every method. By default
         ``max(1e-6, 100 * eps)`` of the operator's dtype.
@@ -120,10 +124,15 @@ def eigendistortions(
 
 
 def _choose(op: RowOperator, request: Request) -> tuple[str, str]:
+    """Return the method that `auto` takes, and why."""
     order = exact.size(op)
-    if (order <= DENSE_ORDER and exact.n_bytes(op) <= DENSE_BYTES) or order <= 20 * request.k:
+    if (order <= DENSE_ORDER or order <= 20 * request.k) and exact.n_bytes(op) <= DENSE_BYTES:
         return "exact", f"chosen for its dense problem of order {order}"
-    return "arpack", f"chosen because a dense problem of order {order} would cost more"
+    known_null = op.n - op.m if op.m else 0
+    room = lanczos.BASIS_BYTES // (op.n * op.dtype.itemsize)
+    if known_null >= request.smallest > 0 and room < SHORT_BASIS:
+        return "nullspace", f"chosen for a null space of dimension {known_null} and room for {room} vectors only"
+    return "lanczos", f"chosen because a dense problem of order {order} would cost more"
 
 
 def _checked_request(op: RowOperator, k: int, which: str, tol: float | None, v0: Any, rng: Any) -> Request:

@@ -11,7 +11,9 @@ True
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -49,7 +51,9 @@ BLOCK_BYTES = 1 << 29
 LARGEST_BLOCK = 64
 TRIED_BLOCKS = (4, 16)
 TRIAL_SECONDS = 0.03
-"""A block's size is measured where one product takes less than this; else a block gains little."""
+"""Products that take longer are not repeated at construction to find the best block size."""
+
+DEAR_BLOCK = 8
 
 
 class Linearization:
@@ -178,7 +182,8 @@ class Linearization:
                 raise RecordError("forward and reverse mode disagree on whether the response depends on the image")
             return self._constant()
         self.strategy = "recorded"
-        programs = {"J": recording.jvp.simplified(), "Jt": recording.vjp.simplified()}
+        slopes: dict[Any, Tensor] = {}
+        programs = {"J": recording.jvp.simplified(slopes), "Jt": recording.vjp.simplified(slopes)}
         singles, blocks = [], []
         with torch.no_grad(), exact_arithmetic():
             for name, program in programs.items():
@@ -196,10 +201,11 @@ class Linearization:
         return blocks[0], blocks[1]
 
     def _measured_block(self, products: list[_Block], room: int) -> int:
-        """Return the block size with the highest throughput, measured where a product is cheap enough to repeat."""
+        """Return the block size with the highest throughput; where products are dear, one comparison has to do."""
         single = min(sum(p.seconds(1) for p in products) for _ in range(2))
         if single > TRIAL_SECONDS:
-            return min(room, 2 * TRIED_BLOCKS[0])
+            pair = sum(p.seconds_of_pair() for p in products)
+            return min(room, DEAR_BLOCK) if pair < 1.9 * single else 1
         cost = {1: single}
         for size in TRIED_BLOCKS:
             if size <= room:
@@ -253,38 +259,41 @@ class _Block:
     def __init__(self, function: Product, vector: Tensor, expected: Tensor) -> None:
         self.function = function
         self.vector, self.expected = vector, expected
-        self.mapped: Product | None = torch.vmap(function)
+        self.mapped: Product | None = None
         self.checked = False
 
     def __call__(self, rows: Tensor) -> Tensor:
         with torch.no_grad(), exact_arithmetic():
-            if len(rows) == 1:
-                return self._flat(self.function(rows[0].view_as(self.vector)))
-            if not self.checked:
+            if len(rows) > 1 and not self.checked:
                 self._check()
-            if self.mapped is None:
-                return torch.cat([self._flat(self.function(row.view_as(self.vector))) for row in rows])
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            if len(rows) > 1 and self.mapped is not None:
                 return self.mapped(rows.view(len(rows), *self.vector.shape)).reshape(len(rows), -1)
+            return torch.cat([self.function(row.view_as(self.vector)).reshape(1, -1) for row in rows])
 
     def _check(self) -> None:
-        assert self.mapped is not None
+        mapped = torch.vmap(self.function)
         try:
-            with warnings.catch_warnings():  # vmap warns of operations that it loops over
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                pair = self.mapped(torch.stack([self.vector, -0.5 * self.vector]))
+                # An operation that vmap loops over is no faster for it, and would warn at every product.
+                warnings.filterwarnings("error", ".*performance drop")
+                pair = mapped(torch.stack([self.vector, -0.5 * self.vector]))
             expected = torch.stack([self.expected, -0.5 * self.expected]).reshape_as(pair)
-            if not close(pair, expected, expected.norm()):
-                self.mapped = None
-        except (RuntimeError, NotImplementedError):
-            self.mapped = None
+            if close(pair, expected, expected.norm()):
+                self.mapped = mapped
+        except (RuntimeError, NotImplementedError, UserWarning):
+            pass
         self.checked = True
 
-    def _flat(self, result: Tensor) -> Tensor:
-        return result.reshape(1, -1)
+    def seconds_of_pair(self) -> float:
+        """Return the wall time of the first block, a pair; infinite where vmap does not serve."""
+        start = time.perf_counter()
+        with torch.no_grad(), exact_arithmetic():
+            self._check()
+        return time.perf_counter() - start if self.mapped is not None else math.inf
 
     def seconds(self, size: int) -> float:
+        """Return the wall time of a block."""
         return variants.seconds(self, self.vector.reshape(1, -1).repeat(size, 1))
 
 

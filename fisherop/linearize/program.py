@@ -28,6 +28,7 @@ class Program:
     def __init__(self, graph: fx.Graph, constants: dict[str, Tensor]) -> None:
         self.graph = graph
         self.constants = constants
+        self.derivatives: dict[Any, Tensor] = {}
 
     def peak_bytes(self) -> int:
         """Return the most memory that the values of one vector take at any time."""
@@ -39,8 +40,12 @@ class Program:
             alive -= sum(_node_bytes(used) for used in {*node.all_input_nodes} if last[used] is node)
         return max(peak, 1)
 
-    def simplified(self) -> Program:
-        """Remove what does nothing, fold constants, and write every linear step in its plainest form."""
+    def simplified(self, derivatives: dict[Any, Tensor]) -> Program:
+        """Remove what does nothing, fold constants, and write every linear step in its plainest form.
+
+        `derivatives` collects the slopes of pointwise functions, which a program shares with its transpose.
+        """
+        self.derivatives = derivatives
         for node in list(self.graph.nodes):
             rule = _RULES.get(node.target)
             if rule is not None and node.users:
@@ -168,6 +173,30 @@ def _dtype(program: Program, node: fx.Node) -> torch.dtype:
     return node.meta["dtype"] if constant is None else constant.dtype
 
 
+def _pointwise(program: Program, node: Any) -> None:
+    """Write the derivative of a pointwise function as a product with its slope, computed once."""
+    variable, *rest = node.args
+    points = [program.constant(arg) for arg in rest if isinstance(arg, fx.Node)]
+    if any(point is None for point in points) or program.constant(variable) is not None:
+        return
+    if shape_of(variable) != shape_of(node) or variable.meta["dtype"] != node.meta["dtype"]:
+        return
+    values = [program.constant(arg) if isinstance(arg, fx.Node) else arg for arg in rest]
+    places = [(point.data_ptr(), tuple(point.shape), point.stride()) for point in points if point is not None]
+    key = (
+        node.target,
+        shape_of(node),
+        *places,
+        str([v for v in values if not isinstance(v, Tensor)]),
+        str(node.kwargs),
+    )
+    if key not in program.derivatives:
+        like = next(point for point in points if point is not None)
+        ones = torch.ones(shape_of(node), dtype=node.meta["dtype"], device=like.device)
+        program.derivatives[key] = node.target(ones, *values, **node.kwargs)
+    program.replace(node, program.insert(node, aten.mul.Tensor, variable, program.derivatives[key]))
+
+
 def _no_larger(first: Tensor, second: Tensor) -> bool:
     """Tell whether the product of two constants takes no more memory than the larger of them."""
     return torch.broadcast_shapes(first.shape, second.shape) in (first.shape, second.shape)
@@ -255,6 +284,14 @@ _RULES: dict[Any, Callable[[Program, Any], None]] = {
     aten.add.Tensor: _add,
     aten.mul.Tensor: _mul,
     aten.mul.Scalar: _mul,
+    aten.gelu_backward.default: _pointwise,
+    aten.silu_backward.default: _pointwise,
+    aten.hardswish_backward.default: _pointwise,
+    aten.hardsigmoid_backward.default: _pointwise,
+    aten.elu_backward.default: _pointwise,
+    aten.softplus_backward.default: _pointwise,
+    aten.sigmoid_backward.default: _pointwise,
+    aten.tanh_backward.default: _pointwise,
     aten.native_batch_norm_backward.default: _batch_norm_backward,
     aten.convolution_backward.default: _convolution_backward,
 }

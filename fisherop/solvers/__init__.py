@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fisherop.operators import RowOperator
-from fisherop.solvers import arpack, exact, lobpcg, power, primme, randomized_svd
+from fisherop.solvers import arpack, exact, lanczos, lobpcg, nullspace, power, primme, randomized_svd
 from fisherop.solvers.contract import Control, Found, Progress, Request
 
 __all__ = ["BACKENDS", "Backend", "Control", "Found", "Progress", "Request"]
@@ -23,6 +23,8 @@ class Backend:
 
 BACKENDS = {
     "exact": Backend(exact.solve, maxiter=1),
+    "lanczos": Backend(lanczos.solve, maxiter=5000),
+    "nullspace": Backend(nullspace.solve, maxiter=nullspace.MAXITER),
     "arpack": Backend(arpack.solve, maxiter=5000),
     "lobpcg": Backend(lobpcg.solve, maxiter=1000),
     "primme": Backend(primme.solve, maxiter=5000),

@@ -1,0 +1,349 @@
+"""Block Lanczos with thick restarts: both ends of the spectrum from one search space.
+
+The space is kept as orthonormal rows U, the first `done` of which have been multiplied by F while the others are
+pending. Products never leave the span of U: F U[:done] = H[:size, :done]^T U[:size] holds at all times, whatever was
+expanded, injected or thrown away at a restart. So the residual of every Ritz pair is a short combination of pending
+rows, and what a Davidson method does with residuals, choosing which pairs to improve and locking the rest softly, is
+done on coordinates: no products are stored and no residual is formed.
+
+1.  Wu and Simon (2000), "Thick-restart Lanczos method for large symmetric eigenvalue problems". Both ends are kept at
+    a restart when the small one is wanted, for its convergence lives on what is known of the large one: Stathopoulos
+    and Saad (1998), "Restarting techniques for the (Jacobi-)Davidson symmetric eigenvalue methods".
+2.  A Krylov space of b random rows sees b copies of a multiple eigenvalue and no more. At the small end, where null
+    spaces are, the block is as wide as the pairs wanted. At the large end one row serves until the pairs have
+    converged; then a new random row, orthogonal to all that was found, looks for what was missed until nothing can
+    be there: van Dorsselaer, Hochstenbach and van der Vorst (2000), "Computing probabilistic bounds for extreme
+    eigenvalues of symmetric matrices with the Lanczos method".
+3.  A product is orthogonalized first against the last few rows, where nearly all of it lies, then against all, until
+    that takes little away: the accuracy of two passes for little more memory traffic than one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fisherop.operators import RowOperator
+from fisherop.solvers.contract import Control, Found, Request, gram
+
+BASIS_BYTES = 1 << 30
+BASIS_ROWS = 1500
+SAFETY = 0.9  # part of the tolerance used: tracked residuals and the certificate's differ by rounding
+MISSED = 5e-5  # probability that a search for missed pairs overlooks one
+SHARE = 0.05  # of its square norm that a missed eigenvector may have in what is left out of a search for it
+NEAR = 100  # Ritz vectors next to those wanted that may be known well enough to be left out of a search
+COLUMNS = 1 << 14
+
+Matrix = NDArray[np.float64]
+
+
+def solve(
+    op: RowOperator, request: Request, control: Control, *, block: int | None = None, basis: int | None = None
+) -> Found:
+    """Find the pairs wanted at both ends in one space, with `block` rows a step and `basis` rows in memory."""
+    width = min(op.n, block or max(1, request.smallest))
+    given = 0 if request.v0 is None else len(request.v0)
+    room = basis or min(BASIS_ROWS, BASIS_BYTES // (op.n * op.dtype.itemsize))
+    space = SearchSpace(op, max(room, 3 * (request.k + width + given)))
+    space.inject(request.start(op, min(op.n, width + given)))
+    # Rows that the caller gave are not random: they may lack any eigenvector.
+    pairs = Pairs(request, width, seen=0 if given else width)
+    while space.pending or space.inject(op.random_rows(width, request.rng)):
+        directions = pairs.directions(space)
+        if space.full(directions.shape[1]):
+            space.restart(pairs.kept(space))
+            continue
+        space.expand(directions)
+        if pairs.due(space) or pairs.converged:
+            pairs.update(space)
+        if control.step(pairs.residuals) or pairs.converged:
+            break
+    pairs.update(space)
+    found = Found(pairs.vectors(space), pairs.lambda_max, pairs.nullity(space))
+    if not pairs.converged or space.done == op.n or nothing_missed(space, pairs, room, control):
+        return found
+    if control.stopped or control.iteration >= control.maxiter:
+        return replace(found, note="stopped before it was certain that no copy of a multiple eigenvalue was missed")
+    return solve(op, replace(request, v0=None), control, block=max(request.largest, width), basis=basis)
+
+
+def nothing_missed(space: SearchSpace, pairs: Pairs, room: int, control: Control) -> bool:
+    """Search what is orthogonal to all that is known, by Lanczos from a random row, for pairs that were missed.
+
+    The polynomial of a Lanczos run cannot be large at an eigenvalue, unless the start row all but lacks its vector.
+    """
+    doubts = pairs.doubts()
+    if not doubts:
+        return True
+    kept, shift = pairs.known(space, doubts)
+    known = space.combine(pairs.mix[:, kept])
+    rest = SearchSpace(space.op, len(known) + room // 2)
+    rest.lock(known)
+    rest.inject(space.op.random_rows(1, pairs.request.rng))
+    enough = math.log(math.sqrt(2 * space.op.n / math.pi) / MISSED)
+    while rest.pending and doubts and not rest.full(1):
+        rest.expand(np.eye(1))
+        run = rest.matrix()[len(known) :, len(known) :]
+        values, vectors = np.linalg.eigh(run)
+        left = float(np.linalg.norm(rest.coupling()[:, -1]))
+        spread = np.log(np.append(np.diag(run, -1), max(left, np.finfo(float).tiny))).sum()
+        for doubt in doubts.copy():
+            best = int(np.argmax(doubt.sign * values))
+            distances = doubt.sign * (doubt.value - values) - shift
+            if doubt.sign * (values[best] - doubt.last) > pairs.slack:
+                return False
+            bounded = distances[best] > 0 and np.log(distances).sum() - spread >= enough
+            if bounded or left * abs(vectors[-1, best]) <= pairs.limit * pairs.lambda_max:
+                doubts.remove(doubt)
+        if control.step(pairs.residuals):
+            break
+    return not doubts or not rest.pending
+
+
+class SearchSpace:
+    """Orthonormal rows and F in them: F rows[:done] = h[:size, :done]^T rows[:size]."""
+
+    def __init__(self, op: RowOperator, room: int) -> None:
+        self.op = op
+        room = min(op.n, room)
+        self.rows = torch.empty(room, op.n, dtype=op.dtype, device=op.device)
+        self.h: Matrix = np.zeros((room, room))
+        self.done = self.size = self.near = 0
+        self.scale = 0.0
+
+    @property
+    def pending(self) -> int:
+        """Rows not yet multiplied."""
+        return self.size - self.done
+
+    def full(self, count: int) -> bool:
+        """Tell whether the products of `count` more rows might not find room."""
+        return bool(self.size + count > len(self.rows) < self.op.n)
+
+    def matrix(self) -> Matrix:
+        """Return F in the multiplied rows."""
+        h = self.h[: self.done, : self.done]
+        return (h + h.T) / 2
+
+    def coupling(self) -> Matrix:
+        """Return what F makes of the multiplied rows in the pending ones."""
+        return self.h[self.done : self.size, : self.done]
+
+    def combine(self, mix: Matrix) -> Tensor:
+        """Return combinations of the multiplied rows."""
+        return self._small(mix.T) @ self.rows[: self.done]
+
+    def inject(self, rows: Tensor) -> int:
+        """Add what is new in `rows` to the pending ones, and return how many rows that gave."""
+        _, fresh, _ = self._split(torch.nn.functional.normalize(rows), 0, floor=1e-5)
+        return self._append(fresh)
+
+    def lock(self, rows: Tensor) -> None:
+        """Take orthonormal rows for eigenvectors, which need no product."""
+        self.rows[: len(rows)] = rows
+        self.done = self.size = self.near = len(rows)
+
+    def expand(self, directions: Matrix) -> None:
+        """Multiply combinations of the pending rows by F."""
+        self._turn(directions)
+        first, last = self.done, self.done + directions.shape[1]
+        products = self.op.rows(self.rows[first:last])
+        self.scale = max(self.scale, float(products.norm(dim=1).max()))
+        # A Krylov product lies in the rows of the last step, those of this one and the pending ones.
+        floor = 2 * torch.finfo(self.op.dtype).eps * self.scale
+        inside, fresh, outside = self._split(products, self.near, floor)
+        self.h[: self.size, first:last] = inside
+        count = self._append(fresh)
+        self.h[self.size - count : self.size, first:last] = outside[:count]
+        self.near, self.done = first, last
+
+    def restart(self, mix: Matrix) -> None:
+        """Keep of the multiplied rows the combinations `mix`, which must be Ritz vectors, and all pending rows."""
+        kept, pending = mix.shape[1], self.pending
+        inner, outer = mix.T @ self.matrix() @ mix, self.coupling() @ mix
+        turn = self._small(mix.T)
+        for columns in torch.split(self.rows, COLUMNS, dim=1):  # in pieces: no second basis in memory
+            columns[: kept + pending] = torch.cat([turn @ columns[: self.done], columns[self.done : self.size]])
+        self.done, self.size, self.near = kept, kept + pending, 0
+        self.h[:kept, :kept], self.h[kept : self.size, :kept] = inner, outer
+
+    def _append(self, fresh: Tensor) -> int:
+        count = min(len(fresh), len(self.rows) - self.size)
+        self.rows[self.size : self.size + count] = fresh[:count]
+        self.h[self.size : self.size + count, : self.done + self.pending] = 0
+        self.size += count
+        return count
+
+    def _turn(self, directions: Matrix) -> None:
+        """Turn the pending rows so that the combinations `directions` come first."""
+        turn = np.linalg.qr(directions, mode="complete")[0]
+        turn[:, : directions.shape[1]] = directions
+        pending = slice(self.done, self.size)
+        if not np.array_equal(turn, np.eye(len(turn))):
+            self.rows[pending] = self._small(turn.T) @ self.rows[pending]
+            self.h[pending, : self.done] = turn.T @ self.coupling()
+
+    def _split(self, block: Tensor, near: int, floor: float) -> tuple[Matrix, Tensor, Matrix]:
+        """Write block = inside^T rows + outside^T fresh, fresh rows orthonormal; what is below floor is dropped."""
+        inside = np.zeros((self.size, len(block)))
+        fresh, outside, _ = _normalized(block, np.eye(len(block)), floor)
+        for first in (near, 0, 0, 0) if near else (0, 0, 0):
+            rows = self.rows[first : self.size]
+            part = rows @ fresh.T
+            fresh = fresh - part.T @ rows
+            inside[first:] += part.double().cpu().numpy() @ outside
+            fresh, outside, least = _normalized(fresh, outside, floor)
+            if first == 0 and least > 0.5:
+                break
+        return inside, fresh, outside
+
+    def _small(self, matrix: Matrix) -> Tensor:
+        return self.op.tensor(np.ascontiguousarray(matrix))
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """An end, 1 the large or -1 the small one; the least value there that a miss would have; the last one found."""
+
+    sign: int
+    value: float
+    last: float
+
+
+class Pairs:
+    """The Ritz pairs wanted of a search space, and what they ask for next."""
+
+    def __init__(self, request: Request, width: int, seen: int) -> None:
+        self.request, self.width, self.seen = request, width, seen
+        self.limit = SAFETY * request.tol
+        self.lambda_max = 0.0
+        self.residuals = torch.full((request.k,), math.inf, dtype=torch.float64)
+        self.values: Matrix = np.zeros(0)
+        self.mix: Matrix = np.zeros((0, 0))
+
+    @property
+    def converged(self) -> bool:
+        """Tell whether all residuals are within the tolerance."""
+        return bool((self.residuals <= self.limit).all())
+
+    @property
+    def slack(self) -> float:
+        """The difference of eigenvalues that does not matter."""
+        return self.request.tol * self.lambda_max
+
+    def due(self, space: SearchSpace) -> bool:
+        """Tell whether to solve the small eigenproblem: after every 2 % of new rows."""
+        return space.done >= len(self.values) + len(self.values) // 50
+
+    def update(self, space: SearchSpace) -> None:
+        """Solve the small eigenproblem; residuals are relative to the largest Ritz value so far."""
+        if len(self.values) == space.done:
+            return
+        self.values, self.mix = np.linalg.eigh(space.matrix())
+        self.lambda_max = max(self.lambda_max, float(self.values[-1]))
+        self.residuals[:] = math.inf
+        norms = self._norms(space, self._order(self.request.largest, self.request.smallest))
+        self.residuals[: len(norms)] = torch.from_numpy(norms)
+
+    def directions(self, space: SearchSpace) -> Matrix:
+        """Return the combinations of pending rows that improve the first pairs not yet converged."""
+        everything = np.eye(space.pending)
+        if not space.done or (space.pending == 1 and self.request.k == 1):
+            return everything
+        self.update(space)
+        spare = max(0, self.width - self.request.k)
+        top, bottom = (0, spare) if self.request.smallest else (spare, 0)
+        order = np.array(self._order(self.request.largest + top, self.request.smallest + bottom))
+        missing = order[self._norms(space, order) > self.limit][: self.width]
+        if not len(missing) or space.pending <= len(missing):
+            return everything[:, : self.width]
+        residuals = space.coupling() @ self.mix[:, missing]
+        span, size, _ = np.linalg.svd(residuals / np.linalg.norm(residuals, axis=0), full_matrices=False)
+        return span[:, size > 0.1]
+
+    def kept(self, space: SearchSpace) -> Matrix:
+        """Return the Ritz vectors that survive a restart."""
+        self.update(space)
+        spare = max(0, (len(space.rows) - self.request.k - space.pending) * 3 // 5)
+        bottom = spare // 4 if self.request.smallest else 0
+        kept = sorted(self._order(self.request.largest + spare - bottom, self.request.smallest + bottom))
+        mix, self.values, self.mix = self.mix[:, kept], self.values[kept], np.eye(len(kept))
+        return mix
+
+    def doubts(self) -> list[Doubt]:
+        """Return what the random rows at the start cannot vouch for.
+
+        They miss copies of a value found more often than there are rows, and a copy of the last one changes nothing.
+        """
+        doubts = []
+        for sign, wanted in ((1, self.request.largest), (-1, self.request.smallest)):
+            found = self.values[::-sign]
+            vouched = wanted <= self.seen or (sign < 0 and found[wanted - 1] <= self.slack)  # nothing is below zero
+            if not vouched:
+                value = found[wanted - 2] - sign * self.slack if self.seen else found[wanted - 1] + sign * self.slack
+                doubts.append(Doubt(sign, float(value), float(found[wanted - 1])))
+        return doubts
+
+    def known(self, space: SearchSpace, doubts: list[Doubt]) -> tuple[list[int], float]:
+        """Return which Ritz vectors can be left out of a search, and by how much that moves what is searched for.
+
+        A missed eigenvector has in a Ritz vector no more than its residual over the distance of their values. It
+        outlives the projection as a vector whose Rayleigh quotient is nearer to those by the squares times distances.
+        """
+        near = {1: 0, -1: 0} | {doubt.sign: NEAR for doubt in doubts}
+        order = self._order(self.request.largest + near[1], self.request.smallest + near[-1])
+        distances = np.min([abs(doubt.value - self.values[order]) for doubt in doubts], axis=0)
+        shares = (self._norms(space, order) * self.lambda_max / np.maximum(distances, np.finfo(float).tiny)) ** 2
+        wanted = np.isin(order, self._order(self.request.largest, self.request.smallest))
+        shares[wanted] = 0  # these have converged: where the values meet, what was missed is orthogonal by choice
+        surest = np.argsort(shares)
+        shares, distances = shares[surest], distances[surest]
+        shifts = np.cumsum(shares * distances) / (1 - SHARE)
+        # What is left out should leave the rest far from the value sought, and move that little.
+        far = np.append(np.minimum.accumulate(distances[::-1])[::-1][1:], distances.max()) - shifts
+        best = int(np.argmax(np.where(np.cumsum(shares) <= SHARE, far, -np.inf)))
+        best = max(best, int(wanted.sum()) - 1)
+        return sorted(np.array(order)[surest[: best + 1]].tolist()), float(shifts[best])
+
+    def vectors(self, space: SearchSpace) -> Tensor:
+        """Return the wanted vectors, descending."""
+        return space.combine(self.mix[:, self._order(self.request.largest, self.request.smallest)])
+
+    def nullity(self, space: SearchSpace) -> int | None:
+        """Return the dimension of the null space if the whole space was searched."""
+        if space.done < space.op.n:
+            return None
+        floor = 4 * math.sqrt(space.op.n) * torch.finfo(space.op.dtype).eps * self.lambda_max
+        return int((self.values <= floor).sum())
+
+    def _order(self, largest: int, smallest: int) -> list[int]:
+        size = len(self.values)
+        bottom = min(smallest, size - min(self.request.largest, size))
+        top = min(largest, size - bottom)
+        return [size - 1 - i for i in range(top)] + [bottom - 1 - i for i in range(bottom)]
+
+    def _norms(self, space: SearchSpace, order: Any) -> Matrix:
+        norms = np.linalg.norm(space.coupling() @ self.mix[:, order], axis=0)
+        return np.asarray(norms / (self.lambda_max or 1.0))
+
+
+def _normalized(block: Tensor, mix: Matrix, floor: float) -> tuple[Tensor, Matrix, float]:
+    """Write block^T mix = fresh^T outside with orthonormal fresh rows; rows that matter less than floor are dropped.
+
+    The last value tells how much of the smallest remaining row was left of norm 1. Stathopoulos and Wu (2002), "A block
+    orthogonalization procedure with constant synchronization requirements", algorithm SVQB.
+    """
+    values, vectors = np.linalg.eigh(gram(block, block).cpu().numpy())
+    size = np.sqrt(np.maximum(values, 0))
+    outside = (vectors * size).T @ mix
+    kept = np.linalg.norm(outside, axis=1) > floor
+    if not kept.any():
+        return block[:0], outside[:0], 1.0
+    turn = torch.as_tensor((vectors[:, kept] / size[kept]).T).to(block)
+    return turn @ block, outside[kept], float(size[kept].min())
