@@ -183,7 +183,7 @@ def _nullity(
     if found.nullity is not None:
         return found.nullity, True
     # An eigenvector's image under F is zero to rounding; a Ritz value that is merely small proves nothing.
-    zero = converged & (pairs.values <= 4 * torch.finfo(op.dtype).eps * lambda_max)
+    zero = converged & (pairs.values.abs() <= 4 * torch.finfo(op.dtype).eps * lambda_max)
     return max(op.n - op.m if op.m else 0, int(zero[request.largest :].sum())), False
 
 

@@ -122,8 +122,7 @@ def project_to_null(
     Examples
     --------
     >>> import numpy as np, fisherop as fo
-    >>> from fisherop.solvers.nullspace import project_to_null
-    >>> p = project_to_null(np.diag([2.0, 1.0, 0.0, 0.0]), np.array([1.0, 1.0, 3.0, 4.0]))
+    >>> p = fo.project_to_null(np.diag([2.0, 1.0, 0.0, 0.0]), np.array([1.0, 1.0, 3.0, 4.0]))
     >>> p.image.round(6) + 0.0
     array([0., 0., 3., 4.])
     >>> round(p.kept, 3), p.converged
