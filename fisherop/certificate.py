@@ -74,7 +74,7 @@ def certify(
         reason,
         found.note,
         _null_words(nullity, known, rest),
-        _cluster_words(clusters, request, op.n),
+        _cluster_words(clusters, request, op.n, nullity if known else None),
         _probe_words(rest, missed, pairs, request, lambda_max),
     ]
     return Eigendistortions(
@@ -210,15 +210,15 @@ def _null_words(nullity: int, known: bool, rest: Probe | None) -> str:
     return f"the null space has dimension {lower}by the probe about {estimate:.0f} ± {2 * rest.null_deviation:.0f}"
 
 
-def _cluster_words(clusters: NDArray[np.int64], request: Request, n: int) -> str:
+def _cluster_words(clusters: NDArray[np.int64], request: Request, n: int, exact: int | None) -> str:
     index = [*range(request.largest), *range(n - request.smallest, n)]
     shared = [str(i) for i, dimension in zip(index, clusters, strict=True) if dimension > 1]
     if not shared:
         return ""
     sizes = sorted({int(d) for d in clusters if d > 1})
     return (
-        f"index {', '.join(shared)}: only a subspace, of dimension {' and '.join(map(str, sizes))} or more, is "
-        "determined, and the vectors in it depend on the seed"
+        f"index {', '.join(shared)}: only a subspace, of dimension {' and '.join(map(str, sizes))}"
+        f"{'' if sizes == [exact] else ' or more'}, is determined, and the vectors in it depend on the seed"
     )
 
 

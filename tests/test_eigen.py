@@ -205,7 +205,8 @@ def test_k_takes_the_place_of_a_leading_one(shape, expected):
 def test_the_null_space_is_found_and_reported():
     result = fo.eigendistortions(fo.FisherOperator(*build("linear m<n")), k=25)
     assert result.nullity == 15
-    assert "null space has dimension 15." in result.message
+    assert "null space has dimension 15;" in result.message
+    assert "only a subspace, of dimension 15, is determined" in result.message
     assert (result.eigenvalues[10:] <= 1e-20).all()
 
 
