@@ -27,7 +27,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh, lobpcg
 
 import fisherop as fo
 from fisherop.certificate import certify
-from fisherop.operators import RowOperator
+from fisherop.rows import RowOperator
 from fisherop.solvers import BACKENDS, Control, Found, Request, exact, lanczos, nullspace
 from fisherop.solvers.contract import largest_ritz_value
 

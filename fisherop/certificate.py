@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fisherop.operators import RowOperator
 from fisherop.result import Eigendistortions
+from fisherop.rows import RowOperator
 from fisherop.solvers.contract import Found, Request, gram, orthonormal, ritz, symmetric
 
 PROBE_STEPS = 60

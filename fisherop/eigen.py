@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop import certificate
-from fisherop.operators import RowOperator
 from fisherop.result import ConvergenceWarning, Eigendistortions
+from fisherop.rows import RowOperator
 from fisherop.solvers import BACKENDS, Control, Progress, Request, exact, lanczos
 
 WHICH = ("LM", "LA", "SM", "SA", "BE")

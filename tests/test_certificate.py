@@ -8,7 +8,7 @@ from strategies import spectrum_operator
 
 import fisherop as fo
 from fisherop.certificate import certify, fresh_pairs, probe_rest
-from fisherop.operators import RowOperator
+from fisherop.rows import RowOperator
 from fisherop.solvers.contract import Found, Request
 
 

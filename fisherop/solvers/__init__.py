@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fisherop.operators import RowOperator
+from fisherop.rows import RowOperator
 from fisherop.solvers import arpack, exact, lanczos, lobpcg, nullspace, power, primme, randomized_svd
 from fisherop.solvers.contract import Control, Found, Progress, Request
 

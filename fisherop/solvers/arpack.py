@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 
-from fisherop.operators import RowOperator
+from fisherop.rows import RowOperator
 from fisherop.solvers import exact
 from fisherop.solvers.contract import Control, Found, Request, Stop, Watched, largest_ritz_value, orthonormal
 
@@ -26,8 +26,7 @@ Vectors = NDArray[np.float64]
 def solve(op: RowOperator, request: Request, control: Control) -> Found:
     """Run ARPACK in float64 arithmetic at each end that is wanted."""
     if op.n <= basis_size(request.k) + 1:
-        found = exact.solve(op, request, control)
-        return Found(found.vectors, found.lambda_max, found.nullity, "n is so small that the dense problem was solved")
+        return exact.solve_small(op, request, control)
     lambda_max = largest_ritz_value(op, request)
     if lambda_max <= 0:
         return Found(request.start(op, request.k), 0.0)

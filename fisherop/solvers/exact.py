@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fisherop.operators import RowOperator
+from fisherop.rows import RowOperator
 from fisherop.solvers.contract import Control, Found, Request, orthonormal, symmetric
 
 BLOCK = 64
@@ -29,6 +29,12 @@ def solve(op: RowOperator, request: Request, control: Control) -> Found:
     values, vectors = (part.flip(-1) for part in torch.linalg.eigh(matrix))
     wanted = [*range(request.largest), *range(op.n - request.smallest, op.n)]
     return Found(vectors[:, wanted].T.to(op.dtype).contiguous(), float(values[0]), _zeros(values, op))
+
+
+def solve_small(op: RowOperator, request: Request, control: Control) -> Found:
+    """Solve a problem that is too small for an iterative method, and say so."""
+    found = solve(op, request, control)
+    return Found(found.vectors, found.lambda_max, found.nullity, "n is so small that the dense problem was solved")
 
 
 def size(op: RowOperator) -> int:

@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fisherop.operators import RowOperator
+from fisherop.rows import RowOperator
 from fisherop.solvers.contract import Control, Found, Request, gram
 
 BASIS_BYTES = 1 << 30

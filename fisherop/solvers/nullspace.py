@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fisherop.operators import RowOperator
+from fisherop.rows import RowOperator
 from fisherop.solvers import lanczos
 from fisherop.solvers.contract import Control, Found, Progress, Request, gram, largest_ritz_value, orthonormal
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fisherop.operators import RowOperator
+from fisherop.rows import RowOperator
 from fisherop.solvers.contract import Control, Found, Request, largest_ritz_value, orthonormal, ritz
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from fisherop.operators import RowOperator
+from fisherop.rows import RowOperator
 from fisherop.solvers import exact
 from fisherop.solvers.contract import Control, Found, Request, Stop, Watched, largest_ritz_value, orthonormal
 
@@ -25,8 +25,7 @@ def solve(op: RowOperator, request: Request, control: Control) -> Found:
     """Run PRIMME in float64 arithmetic at each end that is wanted."""
     primme = _primme()
     if op.n <= DENSE_BELOW * request.k:
-        found = exact.solve(op, request, control)
-        return Found(found.vectors, found.lambda_max, found.nullity, "n is so small that the dense problem was solved")
+        return exact.solve_small(op, request, control)
     lambda_max = largest_ritz_value(op, request)
     if lambda_max <= 0:
         return Found(request.start(op, request.k), 0.0)

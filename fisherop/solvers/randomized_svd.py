@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from fisherop.operators import RowOperator
+from fisherop.rows import RowOperator
 from fisherop.solvers.contract import Control, Found, Request, orthonormal, ritz
 
 OVERSAMPLE = 5

@@ -1,0 +1,133 @@
+"""Any symmetric positive semidefinite operator as solvers see it: products with the rows of a block, counted.
+
+>>> import numpy as np, torch
+>>> op = RowOperator(np.diag([2.0, 1.0]))
+>>> op.rows(torch.ones(1, 2, dtype=torch.float64)), op.n_matvec
+(tensor([[2., 1.]], dtype=torch.float64), 1)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fisherop.linearize import Product
+from fisherop.operators import NUMPY_DTYPE, FisherOperator
+
+
+class RowOperator:
+    """A symmetric positive semidefinite matrix as solvers see it: products with rows of a block, counted.
+
+    Parameters
+    ----------
+    op : FisherOperator, LinearOperator, sparse or dense matrix
+        Any n x n symmetric positive semidefinite operator. Anything but a tensor or a Fisher operator is applied
+        through SciPy, on the host.
+
+    Attributes
+    ----------
+    n : int
+    m : int or None
+        Length of the factor's output, where F = L^T L is known in factored form.
+    dtype, device
+        Those of the rows.
+    n_matvec : int
+        Products so far.
+    """
+
+    def __init__(self, op: Any) -> None:
+        self.source = op
+        self.m: int | None = None
+        self._half_products = 0
+        self.image: Tensor | None = None
+        self.device = torch.device("cpu")
+        if isinstance(op, FisherOperator):
+            self.m, self.image = op.linearization.shape[0], op.image
+            self.n, self.dtype, self.device = op.shape[0], op.torch_dtype, op.device
+            self._product: Product = op.rows
+        else:
+            self.n = _square(op)
+            self.dtype, self._product = _foreign_product(op)
+            if isinstance(op, Tensor):
+                self.device = op.device
+            self._check_symmetric()
+
+    @property
+    def n_matvec(self) -> int:
+        """Products so far; half a product is rounded up."""
+        return (self._half_products + 1) // 2
+
+    @property
+    def factored(self) -> bool:
+        """Tell whether F = L^T L is known, so that half products are to be had."""
+        return self.m is not None
+
+    def rows(self, block: Tensor) -> Tensor:
+        """Multiply every row by F."""
+        self._half_products += 2 * len(block)
+        return _finite(self._product(block))
+
+    def factor(self, block: Tensor) -> Tensor:
+        """Multiply every row of (b, n) by L."""
+        self._half_products += len(block)
+        return _finite(self.source.factor_rows(block))
+
+    def factor_adjoint(self, block: Tensor) -> Tensor:
+        """Multiply every row of (b, m) by the transpose of L."""
+        self._half_products += len(block)
+        return _finite(self.source.factor_adjoint_rows(block))
+
+    def random_rows(self, count: int, rng: np.random.Generator) -> Tensor:
+        """Draw Gaussian rows, the same on every device."""
+        return self.tensor(rng.standard_normal((count, self.n)))
+
+    def tensor(self, array: NDArray[Any] | Tensor) -> Tensor:
+        """Bring an array to the rows' dtype and device."""
+        return torch.as_tensor(array).to(self.device, self.dtype)
+
+    def _check_symmetric(self) -> None:
+        """Compare <u, F v> with <v, F u>, and look for a negative <v, F v>."""
+        pair = self.random_rows(2, np.random.default_rng(0))
+        product = self.rows(pair).double()
+        self._half_products = 0
+        gram = pair.double() @ product.T
+        # Loose enough for products that carry noise of their own, as those of a simulation do.
+        rounding = max(1e3 * torch.finfo(self.dtype).eps, 1e-5) * pair.double().norm() * product.norm()
+        if abs(gram[0, 1] - gram[1, 0]) > rounding:
+            raise ValueError("the operator is not symmetric: pass J.T @ J, or the symmetric part of the matrix")
+        if gram.diagonal().min() < -rounding:
+            raise ValueError("the operator is not positive semidefinite: v'Fv is negative for some v")
+
+
+def _square(op: Any) -> int:
+    shape = getattr(op, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+        raise TypeError(
+            "op must be a square symmetric positive semidefinite operator: a FisherOperator, a SciPy LinearOperator, "
+            f"or a dense or sparse matrix, not {type(op).__name__}" + (f" of shape {tuple(shape)}" if shape else "")
+        )
+    return int(shape[0])
+
+
+def _foreign_product(op: Any) -> tuple[torch.dtype, Product]:
+    """Return dtype and row product of a tensor, an array, a sparse matrix or a SciPy operator."""
+    if isinstance(op, Tensor):
+        matrix = op.detach() if op.dtype in NUMPY_DTYPE else op.detach().double()
+        return matrix.dtype, lambda block: block @ matrix.T
+    dtype = np.dtype(getattr(op, "dtype", None) or np.float64)
+    if dtype.kind == "c":
+        raise TypeError("a complex operator has no place here: write it as real pairs")
+    torch_dtype = torch.float32 if dtype in (np.float16, np.float32) else torch.float64
+    if isinstance(op, np.ndarray):
+        return torch_dtype, _foreign_product(torch.from_numpy(op.astype(NUMPY_DTYPE[torch_dtype])))[1]
+    return torch_dtype, lambda block: torch.from_numpy(np.asarray(op @ block.numpy().T).T).to(block).contiguous()
+
+
+def _finite(block: Tensor) -> Tensor:
+    if not torch.isfinite(block).all():
+        raise ValueError("a product with the operator holds NaN or infinity: rescale the model's response")
+    return block
