@@ -245,7 +245,9 @@ class Pairs:
         """Solve the small eigenproblem; residuals are relative to the largest Ritz value so far."""
         if len(self.values) == space.done:
             return
-        self.values, self.mix = np.linalg.eigh(space.matrix())
+        # By torch: NumPy's BLAS has threads of its own, which would fight with those of the products for the cores.
+        values, mix = torch.linalg.eigh(torch.from_numpy(space.matrix()))
+        self.values, self.mix = values.numpy(), mix.numpy()
         self.lambda_max = max(self.lambda_max, float(self.values[-1]))
         self.residuals[:] = math.inf
         norms = self._norms(space, self._order(self.request.largest, self.request.smallest))
@@ -339,7 +341,7 @@ def _normalized(block: Tensor, mix: Matrix, floor: float) -> tuple[Tensor, Matri
     The last value tells how much of the smallest remaining row was left of norm 1. Stathopoulos and Wu (2002), "A block
     orthogonalization procedure with constant synchronization requirements", algorithm SVQB.
     """
-    values, vectors = np.linalg.eigh(gram(block, block).cpu().numpy())
+    values, vectors = (part.numpy() for part in torch.linalg.eigh(gram(block, block).cpu()))
     size = np.sqrt(np.maximum(values, 0))
     outside = (vectors * size).T @ mix
     kept = np.linalg.norm(outside, axis=1) > floor
