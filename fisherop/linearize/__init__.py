@@ -155,7 +155,7 @@ class Linearization:
             return self._constant()
         transpose = _live(reverse_mode(leaf, response))
         failures = [self.reason]
-        self.tuning["block"] = 1
+        self.tuning = {"block": 1}  # less what a failed recording had chosen
         for name, build in (
             ("forward-mode", lambda: forward_mode(self._respond, self.image, self.shape[0])),
             ("double-backward", lambda: double_backward(leaf, response)),
@@ -184,14 +184,13 @@ class Linearization:
         self.strategy = "recorded"
         slopes: dict[Any, Tensor] = {}
         programs = {"J": recording.jvp.simplified(slopes), "Jt": recording.vjp.simplified(slopes)}
-        singles, blocks = [], []
+        blocks = []
         with torch.no_grad(), exact_arithmetic():
             for name, program in programs.items():
                 self.tuning |= variants.choose(program, name, pinned, self.device)
                 function = compiled(program)
                 vector, expected = recording.probes[name]
                 _check_replay(function, vector, expected)
-                singles.append(function)
                 blocks.append(_Block(function, vector, expected))
             self._check_adjoint_of(*recording.probes["J"], *recording.probes["Jt"])
             room = BLOCK_BYTES // max(program.peak_bytes() for program in programs.values())
