@@ -93,7 +93,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "LG": (LG, (1, 1, 64, 64)),
     "LGG": (LGG, (1, 1, 64, 64)),
     "OnOff": (OnOff, (1, 1, 64, 64)),
-    "PortillaSimoncelli": (partial(portilla_simoncelli, 64), (1, 1, 64, 64)),
+    "PortillaSimoncelli": (partial(portilla_simoncelli, 128), (1, 1, 128, 128)),
 }
 
 

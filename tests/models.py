@@ -91,17 +91,19 @@ def dense_jacobian(model: Model, image: Tensor) -> Tensor:
     """Return the Jacobian by plain reverse-mode autograd, entry by entry, independent of the package."""
 
     def flat(x: Tensor) -> Tensor:
-        return torch.cat([_real(part).flatten() for part in _parts(model(x))])
+        return torch.cat([real(part).flatten() for part in parts(model(x))])
 
     return torch.autograd.functional.jacobian(flat, image).reshape(-1, image.numel())
 
 
-def _parts(output: Any) -> list[Tensor]:
+def parts(output: Any) -> list[Tensor]:
+    """Return the tensors in a model's output, in order."""
     if isinstance(output, Tensor):
         return [output]
     items = output.values() if isinstance(output, dict) else output
-    return [leaf for part in items if part is not None for leaf in _parts(part)]
+    return [leaf for item in items if item is not None for leaf in parts(item)]
 
 
-def _real(x: Tensor) -> Tensor:
+def real(x: Tensor) -> Tensor:
+    """Return complex numbers as pairs of real ones."""
     return torch.view_as_real(x) if x.is_complex() else x

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from models import MODELS, build
+from models import MODELS, build, parts, real
 
 import fisherop as fo
 
@@ -18,16 +18,23 @@ def operators():
 
 
 def fishers():
-    """Fisher operators of the small models, with unit, scalar and vector noise."""
+    """Fisher operators of the small models, with several kinds of noise and restrictions."""
 
-    def make(name, dtype, seed, noise):
+    def make(name, dtype, seed, noise, within):
         model, image = build(name, dtype, seed)
+        m = sum(real(part).numel() for part in parts(model(image)))
         if noise == "vector":
-            m = fo.JacobianOperator(model, image).shape[0]
-            return fo.FisherOperator(model, image, fo.noise.Gaussian(torch.linspace(0.5, 2, m)))
-        return fo.FisherOperator(model, image, fo.noise.Gaussian(noise))
+            noise = fo.noise.Gaussian(torch.linspace(0.5, 2, m))
+        elif noise == "low rank":
+            noise = fo.noise.Gaussian((block(seed, m, 2), 0.5))
+        if within == "mask":
+            within = torch.arange(image.numel()).reshape(image.shape) % 3 > 0
+        elif within == "basis":
+            within = block(seed, image.numel(), 5)
+        return fo.FisherOperator(model, image, noise, within)
 
-    return st.builds(make, names, dtypes, seeds, st.sampled_from([None, 0.3, "vector"]))
+    noises = st.sampled_from([None, fo.noise.Gaussian(0.3), fo.noise.Categorical(), "vector", "low rank"])
+    return st.builds(make, names, dtypes, seeds, noises, st.sampled_from([None, "mask", "basis"]))
 
 
 def block(seed: int, *shape: int, dtype=np.float64):

@@ -118,6 +118,15 @@ def test_a_model_whose_buffers_are_cached_at_the_first_call_is_served():
     assert Linearization(Cached(), torch.rand(1, 1, 5, 5)).shape == (9, 25)
 
 
+def test_a_model_that_rounds_to_float32_on_its_way_is_served_with_a_warning():
+    weight = torch.linspace(-1, 1, 200).sin().view(10, 20)
+    with pytest.warns(UserWarning, match="rounds to float32"):
+        at = Linearization(lambda x: (x.float().exp() @ weight.T).double(), torch.linspace(0, 1, 20).double())
+    assert (at.dtype, at.strategy) == (torch.float64, "recorded")
+    dense = weight.double() * at.image.exp()
+    torch.testing.assert_close(at.vjp(torch.eye(10).double()), dense, atol=1e-5, rtol=0)
+
+
 def test_products_are_counted_per_vector():
     at = Linearization(lambda x: x**2, torch.ones(3))
     at.jvp(torch.ones(4, 3))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -40,7 +39,7 @@ from fisherop.linearize.checks import (
     flat_response,
     weights,
 )
-from fisherop.linearize.program import bytes_of, compiled, memory_key
+from fisherop.linearize.program import Program, bytes_of, compiled, memory_key
 from fisherop.linearize.record import RecordError, record
 
 __all__ = ["Linearization", "Product"]
@@ -52,6 +51,9 @@ LARGEST_BLOCK = 64
 TRIED_BLOCKS = (4, 16)
 TRIAL_SECONDS = 0.03
 """Products that take longer are not repeated at construction to find the best block size."""
+
+DEAR_SECONDS = 0.25
+"""Products that take longer are not even compared with blocks, which are rarely slower and checked at first use."""
 
 DEAR_BLOCK = 8
 
@@ -86,7 +88,8 @@ class Linearization:
     reason : str
         Why nothing better than this strategy served; empty for ``"recorded"``.
     tuning : dict
-        What was measured and chosen: the block size and the variant of each large convolution.
+        What was measured and chosen: the block size, the layout of images in memory, and the variant of each large
+        convolution.
     memory : int
         Bytes held for the products, the model's own weights not counted; 0 where autograd holds them.
     n_jvp, n_vjp : int
@@ -102,14 +105,15 @@ class Linearization:
         self.image = checked_image(model, image)
         self.model = model
         self.dtype, self.device = self.image.dtype, self.image.device
+        self._precision = self.dtype  # of the coarsest step on the model's way
         self.n_jvp = self.n_vjp = 0
         self.memory = 0
         self.reason = ""
         self.tuning: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._held: list[tuple[Tensor, int]] = []
-        with buffers_kept(model), differentiable(), torch.no_grad():
-            self.response = self._respond(self.image)
+        with buffers_kept(model):
+            self.response = self.respond(self.image)
         self.shape = (self.response.numel(), self.image.numel())
         self._jvp, self._vjp = self._products(dict(tuning) if tuning is not None else None)
 
@@ -124,6 +128,11 @@ class Linearization:
         with self._lock:
             self.n_vjp += len(cotangents)
         return self._in_blocks(self._vjp, cotangents, self.shape[1])
+
+    def respond(self, x: Tensor) -> Tensor:
+        """Return the model's response to another image, of shape (m,), computed as that to its own was."""
+        with differentiable(), torch.no_grad():
+            return self._respond(x)
 
     def _in_blocks(self, product: Product, rows: Tensor, width: int) -> Tensor:
         if any(weight._version != version for weight, version in self._held):
@@ -169,6 +178,11 @@ class Linearization:
             else:
                 self.strategy = name
                 return product, transpose
+        if self._precision == torch.float64 and all("adjoint test" in failure for failure in failures):
+            self._precision = torch.float32
+            products = self._products(pinned)
+            warnings.warn("the model rounds to float32 on its way: convert all of it for float64 results", stacklevel=5)
+            return products
         raise ValueError("this model cannot be linearized; " + "; ".join(failures))
 
     def _recorded(self, pinned: dict[str, Any] | None) -> tuple[Product, Product]:
@@ -184,33 +198,41 @@ class Linearization:
         self.strategy = "recorded"
         slopes: dict[Any, Tensor] = {}
         programs = {"J": recording.jvp.simplified(slopes), "Jt": recording.vjp.simplified(slopes)}
-        blocks = []
         with torch.no_grad(), exact_arithmetic():
             for name, program in programs.items():
                 self.tuning |= variants.choose(program, name, pinned, self.device)
-                function = compiled(program)
-                vector, expected = recording.probes[name]
-                _check_replay(function, vector, expected)
-                blocks.append(_Block(function, vector, expected))
+            blocks, programs = self._tuned(programs, recording.probes, pinned)
             self._check_adjoint_of(*recording.probes["J"], *recording.probes["Jt"])
-            room = BLOCK_BYTES // max(program.peak_bytes() for program in programs.values())
-            block = max(1, min(LARGEST_BLOCK, room))
-            self.tuning["block"] = pinned["block"] if pinned else self._measured_block(blocks, block)
         self._hold(programs.values())
         return blocks[0], blocks[1]
 
-    def _measured_block(self, products: list[_Block], room: int) -> int:
-        """Return the block size with the highest throughput; where products are dear, one comparison has to do."""
-        single = min(sum(p.seconds(1) for p in products) for _ in range(2))
-        if single > TRIAL_SECONDS:
-            pair = sum(p.seconds_of_pair() for p in products)
-            return min(room, DEAR_BLOCK) if pair < 1.9 * single else 1
-        cost = {1: single}
-        for size in TRIED_BLOCKS:
-            if size <= room:
-                cost[size] = min(sum(p.seconds(size) for p in products) for _ in range(3)) / size
-        best = min(cost, key=cost.__getitem__)
-        return room if best == TRIED_BLOCKS[-1] else best
+    def _tuned(
+        self, programs: dict[str, Program], probes: dict[str, tuple[Tensor, Tensor]], pinned: dict[str, Any] | None
+    ) -> tuple[list[_Block], dict[str, Program]]:
+        """Return the programs, checked, in the layout of images in memory and the block size that are fastest."""
+        blocks = [_Block(compiled(program), *probes[name]) for name, program in programs.items()]
+        _replayed(blocks)
+        room = BLOCK_BYTES // max(program.peak_bytes() for program in programs.values())
+        room = max(1, min(LARGEST_BLOCK, room))
+        if pinned:
+            self.tuning |= {key: pinned[key] for key in ("layout", "block") if key in pinned}
+        else:
+            cost, self.tuning["block"] = _best_block(blocks, room)
+        turned = variants.channels_last(programs) if not pinned or pinned.get("layout") == "channels_last" else None
+        if turned is None:
+            return blocks, programs
+        turned_blocks = [_Block(compiled(program), *probes[name]) for name, program in turned.items()]
+        try:
+            single = min(_replayed(turned_blocks) for _ in range(1 if pinned else 2))
+        except RuntimeError:  # an operation that speaks of strides
+            return blocks, programs
+        if not pinned:
+            self.tuning["layout"] = "contiguous"
+            turned_cost, block = _best_block(turned_blocks, room) if single < cost else (single, 1)
+            if turned_cost >= 0.95 * cost:
+                return blocks, programs
+            self.tuning |= {"layout": "channels_last", "block": block}
+        return turned_blocks, turned
 
     def _hold(self, programs: Any) -> None:
         """Count the bytes held, and note the weights that the programs read in place."""
@@ -235,16 +257,14 @@ class Linearization:
             raise ValueError(
                 "the derivative of the response holds NaN or infinity at this image: is a square root at 0?"
             )
-        if not adjoint(v, jv, u, jtu):
+        if not adjoint(v, jv, u, jtu, self._precision):
             left, right = (a.double().flatten() @ b.double().flatten() for a, b in ((jv, u), (v, jtu)))
             raise RuntimeError(f"the adjoint test fails: <Jv, u> = {left:.9g}, <v, J'u> = {right:.9g}")
 
     def _warn_of_constant_response(self) -> None:
         """Tell a response that ignores the image from one that autograd cannot follow."""
         (shift,) = random_like(self.image)
-        with torch.no_grad(), differentiable():
-            moved = not torch.equal(self._respond(self.image + 0.1 * shift), self.response)
-        if moved:
+        if not torch.equal(self.respond(self.image + 0.1 * shift), self.response):
             raise ValueError(
                 "the response changes with the image, but autograd cannot see how: remove .detach(), torch.no_grad() "
                 "and NumPy calls from the model, or write a torch.autograd.Function for that step"
@@ -260,6 +280,7 @@ class _Block:
         self.vector, self.expected = vector, expected
         self.mapped: Product | None = None
         self.checked = False
+        self.single = math.inf
 
     def __call__(self, rows: Tensor) -> Tensor:
         with torch.no_grad(), exact_arithmetic():
@@ -267,7 +288,7 @@ class _Block:
                 self._check()
             if len(rows) > 1 and self.mapped is not None:
                 return self.mapped(rows.view(len(rows), *self.vector.shape)).reshape(len(rows), -1)
-            return torch.cat([self.function(row.view_as(self.vector)).reshape(1, -1) for row in rows])
+            return torch.cat([self.function(row.view_as(self.vector)).reshape(1, -1) for row in _apart(rows)])
 
     def _check(self) -> None:
         mapped = torch.vmap(self.function)
@@ -284,22 +305,51 @@ class _Block:
             pass
         self.checked = True
 
+    def replay(self) -> float:
+        """Return the wall time of one vector; refuse a program that is not linear, for it missed what depends on it."""
+        rows = -0.5 * self.vector.reshape(1, -1)
+        result: list[Tensor] = []
+        seconds = variants.seconds(lambda x: result.append(self(x)), rows)
+        if not close(result[0].reshape(-1), -0.5 * self.expected.reshape(-1), self.expected.norm()):
+            raise RecordError("the recorded program is not linear: part of the derivative leaves torch's operations")
+        self.single = min(self.single, seconds)
+        return seconds
+
     def seconds_of_pair(self) -> float:
-        """Return the wall time of the first block, a pair; infinite where vmap does not serve."""
-        start = time.perf_counter()
+        """Return the wall time of a block of two; infinite where vmap does not serve."""
         with torch.no_grad(), exact_arithmetic():
             self._check()
-        return time.perf_counter() - start if self.mapped is not None else math.inf
+        return self.seconds(2) if self.mapped is not None else math.inf
 
     def seconds(self, size: int) -> float:
         """Return the wall time of a block."""
         return variants.seconds(self, self.vector.reshape(1, -1).repeat(size, 1))
 
 
-def _check_replay(function: Product, vector: Tensor, expected: Tensor) -> None:
-    """Refuse a program that is not linear in its variable, for then it missed part of what depends on it."""
-    if not close(function(-0.5 * vector).reshape(-1), -0.5 * expected.reshape(-1), expected.norm()):
-        raise RecordError("the recorded program is not linear: part of the derivative leaves torch's operations")
+def _best_block(products: list[_Block], room: int) -> tuple[float, int]:
+    """Return the seconds a vector and the block size with the highest throughput; dear products are tried less."""
+    single = min(sum(p.single for p in products), _replayed(products))
+    if single > DEAR_SECONDS:
+        return single, min(room, DEAR_BLOCK)
+    if single > TRIAL_SECONDS:
+        pair = sum(p.seconds_of_pair() for p in products)
+        return (pair / 2, min(room, DEAR_BLOCK)) if pair < 1.9 * single else (single, 1)
+    cost = {1: single}
+    for size in TRIED_BLOCKS:
+        if size <= room:
+            cost[size] = min(sum(p.seconds(size) for p in products) for _ in range(3)) / size
+    best = min(cost, key=cost.__getitem__)
+    return cost[best], room if best == TRIED_BLOCKS[-1] else best
+
+
+def _replayed(blocks: list[_Block]) -> float:
+    """Return the wall time of one vector through all programs, checked."""
+    return sum(block.replay() for block in blocks)
+
+
+def _apart(rows: Tensor) -> list[Tensor]:
+    """Return rows each at the start of its own memory: at an odd place it cannot be viewed as complex numbers."""
+    return [rows[0]] if len(rows) == 1 and not rows.storage_offset() % 2 else [row.clone() for row in rows]
 
 
 def _live(product: Product) -> Product:
@@ -307,7 +357,7 @@ def _live(product: Product) -> Product:
 
     def rows_product(rows: Tensor) -> Tensor:
         with differentiable():
-            return torch.stack([product(row).detach() for row in rows])
+            return torch.stack([product(row).detach() for row in _apart(rows)])
 
     return rows_product
 

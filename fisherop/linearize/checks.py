@@ -117,8 +117,11 @@ def close(a: Tensor, b: Tensor, scale: Tensor) -> bool:
     return bool((a - b).norm() <= 1e3 * torch.finfo(scale.dtype).eps * scale)
 
 
-def adjoint(v: Tensor, jv: Tensor, u: Tensor, jtu: Tensor) -> bool:
-    """Tell whether <Jv, u> = <v, J'u> up to rounding, each term's rounding taken as independent of the others'."""
+def adjoint(v: Tensor, jv: Tensor, u: Tensor, jtu: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Tell whether <Jv, u> = <v, J'u> up to rounding, in their own dtype by default.
+
+    Each term's rounding is taken as independent of the others'.
+    """
     left, right = jv.double().flatten() * u.double().flatten(), v.double().flatten() * jtu.double().flatten()
-    tolerance = 1e3 * torch.finfo(jv.dtype).eps * (left.norm() + right.norm())
+    tolerance = 1e3 * torch.finfo(dtype or jv.dtype).eps * (left.norm() + right.norm())
     return bool((left.sum() - right.sum()).abs() <= tolerance)

@@ -278,8 +278,6 @@ _RULES: dict[Any, Callable[[Program, Any], None]] = {
     aten._to_copy.default: _drop_if_unchanged,
     aten.clone.default: _drop_if_unchanged,
     aten.contiguous.default: _drop_if_unchanged,
-    aten.view.default: _drop_if_unchanged,
-    aten._unsafe_view.default: _drop_if_unchanged,
     aten.reshape.default: _drop_if_unchanged,
     aten.add.Tensor: _add,
     aten.mul.Tensor: _mul,

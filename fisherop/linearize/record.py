@@ -163,6 +163,7 @@ class Recorder(TorchDispatchMode):
         self._values: dict[int, _Value] = {}
         self._memory: dict[int, _Memory] = {}
         self._constants: dict[int, _Constant] = {}
+        self._zero: dict[Any, Tensor] = {}
         self._track(variable, self.graph.placeholder("variable"))
 
     def program(self, result: Tensor) -> Program | None:
@@ -177,7 +178,10 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is aten._efficientzerotensor.default:  # torch crashes where one meets a dispatch mode
-            return torch.zeros(args[0], **kwargs)
+            return self._zeros(args[0], kwargs["dtype"], kwargs["device"])
+        if func in _PRODUCTS and self._product_vanishes(args):
+            like = func(*tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), args), **kwargs)
+            return self._zeros(like.shape, like.dtype, args[0].device)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         written = _written(func, args, kwargs)
         if not any(self._depends(tensor) for tensor in inputs):
@@ -203,6 +207,18 @@ class Recorder(TorchDispatchMode):
         node = self.graph.call_function(func, *call)
         self._track_output(func, output, node)
         return output
+
+    def _zeros(self, shape: Any, dtype: torch.dtype, device: Any) -> Tensor:
+        """Return zeros that take no memory: the tangents of weights, of which a product is zero, and not computed."""
+        key = dtype, torch.device(device)
+        if key not in self._zero:
+            self._zero[key] = torch.zeros((), dtype=dtype, device=device)
+        return self._zero[key].expand(shape)
+
+    def _product_vanishes(self, args: Any) -> bool:
+        zeros = {memory_key(zero) for zero in self._zero.values()}
+        biased = len(args) > 2 and args[2] is not None
+        return not biased and any(memory_key(factor) in zeros for factor in args[:2])
 
     def _track_output(self, func: Any, output: Any, node: fx.Node) -> None:
         if isinstance(output, Tensor):
@@ -343,10 +359,13 @@ class Recorder(TorchDispatchMode):
 
 _READS_VALUES = (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.allclose.default)
 _PLAIN = {  # what speaks of strides, or sets a bit that later copies clear, as the mathematical function it is
+    aten.view.default: (aten.reshape.default, 2),
+    aten._unsafe_view.default: (aten.reshape.default, 2),
     aten._reshape_alias.default: (aten.reshape.default, 2),
     aten._conj.default: (aten.conj_physical.default, 1),
     aten._neg_view.default: (aten.neg.default, 1),
 }
+_PRODUCTS = (aten.mm.default, aten.bmm.default, aten.convolution.default)
 _ALIASES = (aten.detach.default, aten.alias.default, aten.lift_fresh.default)
 
 

@@ -21,7 +21,9 @@ from fisherop.linearize.program import Program, aten, shape_of
 SPECTRUM_BYTES = 1 << 26
 REPEATS = 3
 
-Step = Callable[[Tensor], Tensor]
+_MATRIX_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
+
+Step = Callable[[Tensor], object]
 Choices = dict[str, str]
 
 
@@ -67,6 +69,32 @@ def choose(program: Program, name: str, pinned: Choices | None, device: torch.de
             program.replace(node, program.insert(node, function, node.args[0], constant))
     program.sweep()
     return choices
+
+
+def channels_last(programs: dict[str, Program]) -> dict[str, Program] | None:
+    """Return programs that keep images as (b, H, W, C) in memory, for convolutions are often faster so.
+
+    Operations hand the layout of their constants on to their results, so only constants change. None where matrix
+    products, which do not care, outnumber convolutions.
+    """
+    targets = [node.target for program in programs.values() for node in program.graph.nodes]
+    convolutions, *products = (targets.count(target) for target in (aten.convolution.default, *_MATRIX_PRODUCTS))
+    if convolutions <= sum(products):
+        return None
+    turned: dict[Any, Tensor] = {}  # programs share constants
+
+    def turn(constant: Tensor) -> Tensor:
+        if constant.layout is not torch.strided or constant.ndim != 4 or constant.is_complex():
+            return constant
+        key = constant.data_ptr(), constant.shape, constant.stride(), constant.dtype
+        if key not in turned:
+            turned[key] = constant.contiguous(memory_format=torch.channels_last)
+        return turned[key]
+
+    return {
+        name: Program(program.graph, {key: turn(constant) for key, constant in program.constants.items()})
+        for name, program in programs.items()
+    }
 
 
 def _fastest(node: Any, kernel: Tensor, variants: dict[str, Any], device: torch.device) -> str:
