@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop.linearize import Product
-from fisherop.operators import NUMPY_DTYPE, FisherOperator
+from fisherop.maps import row_products
+from fisherop.operators import NUMPY_DTYPE, InformationOperator, TensorOperator
+
+if TYPE_CHECKING:
+    from fisherop.metric import Metric
 
 
 class RowOperator:
@@ -37,7 +41,14 @@ class RowOperator:
         Those of the rows.
     n_matvec : int
         Products so far.
+    metric : Metric or None
+        The M of a generalized problem F v = lambda M v that only its products are known of; see `fisherop.metric`.
+    problem : str
+        What else than F v = lambda v is being solved, in words.
     """
+
+    metric: Metric | None = None
+    problem = ""
 
     def __init__(self, op: Any) -> None:
         self.source = op
@@ -45,15 +56,15 @@ class RowOperator:
         self._half_products = 0
         self.image: Tensor | None = None
         self.device = torch.device("cpu")
-        if isinstance(op, FisherOperator):
-            self.m, self.image = op.linearization.shape[0], op.image
+        if isinstance(op, InformationOperator):
+            self.m, self.image = op.factor_size, op.image
             self.n, self.dtype, self.device = op.shape[0], op.torch_dtype, op.device
             self._product: Product = op.rows
         else:
             self.n = _square(op)
             self.dtype, self._product = _foreign_product(op)
-            if isinstance(op, Tensor):
-                self.device = op.device
+            if isinstance(op, (Tensor, TensorOperator)):
+                self.device, self.image = op.device, getattr(op, "image", None)
             self._check_symmetric()
 
     @property
@@ -89,6 +100,44 @@ class RowOperator:
         """Bring an array to the rows' dtype and device."""
         return torch.as_tensor(array).to(self.device, self.dtype)
 
+    def vectors(self, given: NDArray[Any] | Tensor) -> Tensor:
+        """Return vectors as rows: given in image shape, or as rows or columns of length n or of an image's pixels."""
+        rows = self.tensor(given)
+        rows = rows if rows.ndim else rows[None]
+        if not isinstance(self.source, InformationOperator):
+            return self._as_rows(rows, (self.n,))
+        shape = self.source.image_shape
+        inner = shape[1:] if len(shape) > 1 and shape[0] == 1 else shape
+        if rows.numel() and rows.shape[rows.ndim - len(inner) :] == inner:
+            return self.source.from_image(rows)
+        rows = self._as_rows(rows, (self.n, shape.numel()))
+        return rows if rows.shape[1] == self.n else self.source.from_image(rows)
+
+    def _as_rows(self, rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        for block in (rows, rows.T) if rows.ndim == 2 else ():
+            if block.shape[1] in lengths and rows.numel():
+                return block.contiguous()
+        if rows.numel() == lengths[0]:
+            return rows.reshape(1, -1)
+        if rows.numel() == 0 or rows.numel() % lengths[-1]:
+            sizes = " or ".join(map(str, dict.fromkeys(lengths)))
+            raise ValueError(f"v0 of shape {tuple(rows.shape)} does not hold vectors of length n = {sizes}")
+        return rows.reshape(-1, lengths[-1])
+
+    def in_image_shape(self, rows: Tensor) -> Any:
+        """Return rows as the operator's user knows them: images, a tensor, or an array."""
+        if isinstance(self.source, InformationOperator):
+            return self.source.to_image(rows)
+        return rows if isinstance(self.source, Tensor) else rows.numpy()
+
+    def distortions(self, rows: Tensor) -> Tensor:
+        """Return the distortions, of unit norm, that the rows of a solver's answer stand for."""
+        return rows if self.metric is None else torch.nn.functional.normalize(rows)
+
+    def coordinates(self, distortions: Tensor) -> Tensor:
+        """Return the rows that stand for distortions."""
+        return distortions
+
     def _check_symmetric(self) -> None:
         """Compare <u, F v> with <v, F u>, and look for a negative <v, F v>."""
         pair = self.random_rows(2, np.random.default_rng(0))
@@ -118,13 +167,15 @@ def _foreign_product(op: Any) -> tuple[torch.dtype, Product]:
     if isinstance(op, Tensor):
         matrix = op.detach() if op.dtype in NUMPY_DTYPE else op.detach().double()
         return matrix.dtype, lambda block: block @ matrix.T
+    if isinstance(op, TensorOperator):
+        return op.torch_dtype, op.rows
     dtype = np.dtype(getattr(op, "dtype", None) or np.float64)
     if dtype.kind == "c":
         raise TypeError("a complex operator has no place here: write it as real pairs")
     torch_dtype = torch.float32 if dtype in (np.float16, np.float32) else torch.float64
     if isinstance(op, np.ndarray):
         return torch_dtype, _foreign_product(torch.from_numpy(op.astype(NUMPY_DTYPE[torch_dtype])))[1]
-    return torch_dtype, lambda block: torch.from_numpy(np.asarray(op @ block.numpy().T).T).to(block).contiguous()
+    return torch_dtype, row_products(op, torch.empty(0, dtype=torch_dtype))[0]
 
 
 def _finite(block: Tensor) -> Tensor:

@@ -1,0 +1,68 @@
+"""Matrices that others bring, in whatever form, as products with the rows of a torch block.
+
+>>> import numpy as np, torch
+>>> rows, adjoint_rows = row_products(np.array([[1.0, 2.0]]), torch.zeros(()))
+>>> rows(torch.ones(1, 2)), adjoint_rows(torch.ones(1, 1))
+(tensor([[3.]]), tensor([[1., 2.]]))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import issparse
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from fisherop.linearize import Product
+
+
+def is_matrix(matrix: Any) -> bool:
+    """Tell whether this is something with two dimensions that `row_products` takes."""
+    known = isinstance(matrix, (Tensor, np.ndarray, LinearOperator)) or issparse(matrix)
+    return known and len(matrix.shape) == 2
+
+
+def row_products(matrix: Any, like: Tensor) -> tuple[Product, Product]:
+    """Return x -> A x and x -> A^T x on the rows of blocks of the dtype and device of `like`.
+
+    Parameters
+    ----------
+    matrix : Tensor, ndarray, sparse matrix or LinearOperator, shape (p, q)
+        A. A tensor or an array is brought to the device; anything else stays on the host, and blocks go to it.
+    like : Tensor
+        Has the dtype and device of the blocks to come.
+
+    Raises
+    ------
+    TypeError
+        For a complex matrix.
+    """
+    if isinstance(matrix, (Tensor, np.ndarray)):
+        dense = _real(matrix).to(like.device, like.dtype)
+        return (lambda rows: rows @ dense.T), (lambda rows: rows @ dense)
+    if np.dtype(matrix.dtype or np.float64).kind == "c":
+        raise TypeError("a complex operator has no place here: write it as real pairs")
+    return (lambda rows: _on_host(matrix, rows)), (lambda rows: _on_host(matrix.T, rows))
+
+
+def _real(matrix: Tensor | NDArray[Any]) -> Tensor:
+    tensor = torch.as_tensor(matrix).detach()
+    if tensor.is_complex():
+        raise TypeError("a complex matrix has no place here: write it as real pairs")
+    return tensor
+
+
+def _on_host(matrix: Any, rows: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray((matrix @ rows.cpu().numpy().T).T)).to(rows)
+
+
+def dense_columns(matrix: Any, like: Tensor) -> Tensor:
+    """Return any such matrix as a float64 tensor of shape (p, q) on the device of `like`."""
+    if isinstance(matrix, (Tensor, np.ndarray)):
+        return _real(matrix).to(like.device, torch.float64)
+    identity = torch.eye(matrix.shape[1], dtype=torch.float64)
+    return row_products(matrix, identity)[0](identity).T.to(like.device)

@@ -1,0 +1,267 @@
+"""Where distortions may live: a mask, a channel, pixels, a frequency band, or the range of any matrix.
+
+Each is a subspace of the images with an orthonormal basis B, so that F restricted to it is B^T F B.
+
+>>> import torch, fisherop as fo
+>>> image = torch.rand(1, 1, 32, 32)
+>>> F = fo.FisherOperator(fo.OnOff(), image, within=fo.restrict.Band(0.0, 0.1))
+>>> F.shape
+(37, 37)
+>>> fo.eigendistortions(F, k=1).eigendistortions.shape
+torch.Size([1, 1, 32, 32])
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from fisherop.linearize import Product
+from fisherop.maps import dense_columns, is_matrix, row_products
+
+__all__ = ["Band", "Channel", "Pixels", "Restriction", "Subspace", "subspace"]
+
+DENSE_BYTES = 1 << 30
+"""Memory in float64 up to which a basis given as an operator is made dense, to be orthonormalized."""
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """A subspace of the images of n entries, of dimension `size`, by an orthonormal basis B of shape (n, size).
+
+    `expand` multiplies every row of (b, size) by B, `project` every row of (b, n) by its transpose.
+    """
+
+    size: int
+    expand: Product
+    project: Product
+
+
+class Restriction(Protocol):
+    """Anything that knows its subspace at an image."""
+
+    def at(self, image: Tensor) -> Subspace:
+        """Return the subspace for images of this one's shape, dtype and device."""
+
+
+def subspace(within: Any, image: Tensor) -> Subspace:
+    """Return the subspace that the argument `within` of `FisherOperator` means.
+
+    Parameters
+    ----------
+    within : optional
+        - None: all images.
+        - A boolean tensor or array, in the image's shape or one that broadcasts to it: a mask, True where pixels may
+          change.
+        - `Channel`, `Pixels`, `Band`, or any object with a method ``at(image)``.
+        - A list or vector of whole numbers: `Pixels`.
+        - A matrix or LinearOperator of shape (n, r) and full rank: its range. An operator whose columns are
+          orthonormal is used as it is; any other is made dense and orthonormalized, with B = Q of its QR
+          decomposition, the diagonal of R positive.
+    image : Tensor
+        n entries.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a restriction that leaves nothing, does not fit the image, or has dependent columns.
+    """
+    if within is None:
+        return Subspace(image.numel(), _as_it_is, _as_it_is)
+    if hasattr(within, "at"):
+        found: Subspace = within.at(image)
+        return found
+    if isinstance(within, (Tensor, np.ndarray)) and str(within.dtype).endswith("bool"):
+        return _mask(torch.as_tensor(within), image)
+    if isinstance(within, (list, tuple, range)) or (isinstance(within, (Tensor, np.ndarray)) and within.ndim == 1):
+        return Pixels(within).at(image)
+    if is_matrix(within):
+        return _operator(within, image) if isinstance(within, LinearOperator) else _range(within, image)
+    shape = tuple(getattr(within, "shape", ()))
+    raise TypeError(
+        f"within must be a boolean mask, a list of pixels, a matrix of shape (n, r), or one of fisherop.restrict, not "
+        f"{type(within).__name__}{f' of shape {shape} and dtype {within.dtype}' if shape else ''}"
+    )
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One channel of an image of shape (..., C, H, W); a negative index counts from the last."""
+
+    index: int
+
+    def at(self, image: Tensor) -> Subspace:
+        """Return the subspace for images of this one's shape."""
+        count = image.shape[-3] if image.ndim >= 3 else 0
+        if not -count <= self.index < count:
+            raise ValueError(
+                f"an image of shape {tuple(image.shape)} has {count} channels, and none of index {self.index}: the "
+                "channel is the third dimension from the last"
+            )
+        mask = torch.zeros(image.shape, dtype=torch.bool)
+        mask[..., self.index, :, :] = True
+        return _mask(mask, image)
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """A list of pixels.
+
+    Parameters
+    ----------
+    where : sequence of int, or of (row, column)
+        Whole numbers are places in the flattened image; pairs are rows and columns of an image of shape (..., H, W),
+        and mean all its channels. Coordinates of the restricted operator come in the order of the flattened image.
+    """
+
+    where: Sequence[Any] | Tensor | NDArray[Any]
+
+    def at(self, image: Tensor) -> Subspace:
+        """Return the subspace for images of this one's shape."""
+        where = torch.as_tensor(self.where)
+        if where.numel() == 0:
+            raise ValueError("within lists no pixel, which leaves no distortion: list one at least")
+        paired = where.ndim == 2 and where.shape[1] == 2 and image.ndim >= 2
+        if where.dtype == torch.bool or where.is_floating_point() or where.is_complex():
+            raise TypeError(f"pixels are whole numbers, or pairs of them, not {where.dtype}; a mask is boolean")
+        if where.ndim != 1 and not paired:
+            raise ValueError(
+                f"pixels of shape {tuple(where.shape)} are neither places in the flattened image nor (row, column)"
+            )
+        sizes = torch.tensor(image.shape[-2:] if paired else [image.numel()])
+        where = where.cpu().long().reshape(len(where), -1)
+        if ((where < 0) | (where >= sizes)).any():
+            raise ValueError(f"a pixel lies outside the image of shape {tuple(image.shape)}: count from 0")
+        if len(set(map(tuple, where.tolist()))) < len(where):
+            raise ValueError("a pixel is listed twice: list each of them once")
+        mask = torch.zeros(image.shape, dtype=torch.bool)
+        if paired:
+            mask[..., where[:, 0], where[:, 1]] = True
+        else:
+            mask.view(-1)[where[:, 0]] = True
+        return _mask(mask, image)
+
+
+@dataclass(frozen=True)
+class Band:
+    """Spatial frequencies f with low <= f < high, in cycles per pixel, in every direction and channel.
+
+    The last two dimensions are space, the last one alone where there is no other. Frequencies go up to 0.5 along an
+    axis and 0.71 along a diagonal; `high` by default has no end. Neighbouring bands that share an edge share no
+    distortion, and all of them together make up all images.
+
+    Notes
+    -----
+    The basis are the waves cos + sin of the discrete Hartley transform, real, orthonormal and its own inverse, at
+    the cost of an FFT. Bracewell (1983), "Discrete Hartley transform".
+    """
+
+    low: float
+    high: float = math.inf
+
+    def at(self, image: Tensor) -> Subspace:
+        """Return the subspace for images of this one's shape."""
+        if not 0 <= self.low < self.high:
+            raise ValueError(f"a band needs 0 <= low < high in cycles per pixel, not {self.low} and {self.high}")
+        space = image.shape[-2:]
+        axes = [torch.fft.fftfreq(size, dtype=torch.float64).square() for size in space]
+        squared = axes[0] if len(space) < 2 else axes[0][:, None] + axes[1]
+        # The square root is rounded, so that waves of one frequency but for rounding stay together.
+        frequency = squared.sqrt().mul(1e12).round().div(1e12)
+        inside = (frequency >= self.low) & (frequency < self.high)
+        if not inside.any():
+            raise ValueError(
+                f"no frequency of an image of {' x '.join(map(str, space))} pixels lies in [{self.low}, {self.high}) "
+                "cycles per pixel: widen the band"
+            )
+        waves = _mask(inside, image)
+        dims = tuple(range(-len(space), 0))
+
+        def hartley(rows: Tensor) -> Tensor:
+            spectrum: Tensor = torch.fft.fftn(rows.reshape(len(rows), *image.shape), dim=dims, norm="ortho")
+            return (spectrum.real - spectrum.imag).reshape(len(rows), -1)
+
+        return Subspace(waves.size, lambda rows: hartley(waves.expand(rows)), lambda rows: waves.project(hartley(rows)))
+
+
+def _as_it_is(rows: Tensor) -> Tensor:
+    return rows
+
+
+def _mask(mask: Tensor, image: Tensor) -> Subspace:
+    try:
+        whole = torch.broadcast_to(mask, image.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"a mask of shape {tuple(mask.shape)} does not fit an image of shape {tuple(image.shape)}: give it the "
+            "image's shape"
+        ) from None
+    index = whole.reshape(-1).nonzero().flatten().to(image.device)
+    if len(index) == 0:
+        raise ValueError("the mask is empty, which leaves no distortion: set it True where pixels may change")
+    n = image.numel()
+    return Subspace(
+        len(index), lambda rows: rows.new_zeros(len(rows), n).index_copy_(1, index, rows), lambda rows: rows[:, index]
+    )
+
+
+def _range(matrix: Any, image: Tensor) -> Subspace:
+    _check_shape(matrix, image)
+    columns = dense_columns(matrix, image)
+    norms = columns.norm(dim=0)
+    if not torch.isfinite(norms).all():
+        raise ValueError("the basis holds NaN or infinity")
+    # Columns of equal size, for a basis may mix units; a column of zeros stays one.
+    singular = torch.linalg.svdvals(columns / torch.where(norms > 0, norms, 1))
+    precision = torch.finfo(torch.float32 if "32" in str(matrix.dtype) else torch.float64).eps
+    rank = int((singular > len(columns) * precision * singular[0]).sum()) if bool(norms.any()) else 0
+    if rank < columns.shape[1]:
+        raise ValueError(
+            f"the basis has rank {rank} and {columns.shape[1]} columns: drop dependent ones, or pass "
+            "scipy.linalg.orth(B)"
+        )
+    q, r = torch.linalg.qr(columns)
+    basis = (q * r.diagonal().sign()).to(image.dtype)
+    return Subspace(columns.shape[1], *row_products(basis, image))
+
+
+def _operator(op: LinearOperator, image: Tensor) -> Subspace:
+    """Use an operator with orthonormal columns as it is; make any other dense, if that is small."""
+    _check_shape(op, image)
+    n, r = op.shape
+    found = Subspace(r, *row_products(op, image))
+    if _has_orthonormal_columns(found, image):
+        return found
+    if 8 * n * r > DENSE_BYTES:
+        raise ValueError(
+            f"the basis is an operator of shape ({n}, {r}) whose columns are not orthonormal, too large to be made so "
+            "here: pass one with B.T @ B = I, or fewer columns"
+        )
+    return _range(op, image)
+
+
+def _has_orthonormal_columns(found: Subspace, image: Tensor) -> bool:
+    source = torch.Generator("cpu").manual_seed(0)
+    rows = torch.randn(2, found.size, generator=source, dtype=torch.float64).to(image)
+    try:
+        again = found.project(found.expand(rows))
+    except (NotImplementedError, TypeError):  # what SciPy raises for an operator without its transpose
+        return False
+    return bool((again - rows).norm() <= 1e2 * torch.finfo(image.dtype).eps * rows.norm())
+
+
+def _check_shape(matrix: Any, image: Tensor) -> None:
+    n, r = matrix.shape
+    if n != image.numel() or not 1 <= r <= n:
+        raise ValueError(
+            f"a basis within an image of n = {image.numel()} entries has shape (n, r) with 1 <= r <= n, "
+            f"not ({n}, {r})" + (": pass its transpose" if r == image.numel() else "")
+        )
