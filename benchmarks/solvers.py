@@ -32,7 +32,8 @@ from fisherop.solvers import BACKENDS, Control, Found, Request, exact, lanczos, 
 from fisherop.solvers.contract import largest_ritz_value
 
 N = 2000
-DENSE = 2500
+DENSE = 7000
+"""Largest dense problem to take the truth from; it takes a minute or two."""
 MAXITER = 3000
 STEP = np.arange(1.0, N + 1)
 SPECTRA = {
@@ -42,6 +43,8 @@ SPECTRA = {
     "soft": np.where(STEP <= N - 500, 10 ** (-14 * (STEP - 1) / (N - 501)), 0),
     "flat": np.append(1, np.linspace(0.98, 0.1, N - 1)),
     "isolated": np.append(np.linspace(1, 0.032, N - 1), 4.3e-5),
+    "clusters": np.concatenate([np.ones(50), np.linspace(0.9, 0.2, N - 100), np.full(50, 0.1)]),
+    "close": np.concatenate([[1, 1 - 1e-5], np.linspace(0.9, 0.1, N - 2)]),
 }
 
 

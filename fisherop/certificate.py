@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +19,18 @@ from fisherop.rows import RowOperator
 from fisherop.solvers.contract import Found, Request, gram, orthonormal, ritz, symmetric
 
 PROBE_STEPS = 60
+ENOUGH = 0.9
+"""Part of the tolerance at which a bound of a residual need not be tightened."""
 DOUBT = 1e-3
 """Probability that the bounds of a probe do not hold."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Ritz pairs from fresh products: values descending, orthonormal rows, norms of the residual vectors."""
+    """Ritz pairs from fresh products: values descending, orthonormal rows, norms of the residual vectors.
+
+    Where the operator has a metric M, rows are orthonormal in its inner product, and norms are those of its inverse.
+    """
 
     values: Tensor
     rows: Tensor
@@ -48,7 +52,7 @@ def certify(
     op: RowOperator, request: Request, found: Found, method: str, reason: str = "", *, probe: bool = False
 ) -> Eigendistortions:
     """Judge a solver's vectors by fresh products: nothing that a solver says of its own residuals is believed."""
-    pairs = fresh_pairs(op, found.vectors, request)
+    pairs = fresh_pairs(op, found.vectors, request, found.lambda_max)
     lambda_max = max(found.lambda_max, float(pairs.values[0]), 0.0)
     rest, missed = None, False
     if probe and request.k < op.n:
@@ -61,7 +65,7 @@ def certify(
         missed = bool((ahead > slack).any() or (below > slack).any())
         pairs = improved if missed else pairs
         lambda_max = max(lambda_max, float(pairs.values[0]))
-    rounding = 32 * torch.finfo(op.dtype).eps * lambda_max
+    rounding = 32 * torch.finfo(op.dtype).eps * lambda_max * (1.0 if op.metric is None else op.metric.amplification)
     low = (pairs.values - pairs.norms - rounding).clamp(min=0)
     bounds = torch.stack([low, pairs.values + pairs.norms + rounding], dim=1)
     residuals = pairs.norms / lambda_max if lambda_max > 0 else torch.zeros_like(pairs.norms)
@@ -72,14 +76,18 @@ def certify(
         f"{method}: {int(converged.sum())} of {request.k} pairs converged to {request.tol:.1e} "
         f"in {op.n_matvec} products",
         reason,
+        op.problem,
+        f"{op.metric.n_matvec} products with M" if op.metric is not None else "",
         found.note,
+        found.doubt,
         _null_words(nullity, known, rest),
+        _zero_words(pairs, request, lambda_max, nullity),
         _cluster_words(clusters, request, op.n, nullity if known else None),
         _probe_words(rest, missed, pairs, request, lambda_max),
     ]
     return Eigendistortions(
         eigenvalues=pairs.values.cpu().numpy(),
-        eigendistortions=_in_shape(op, _signed(pairs.rows)),
+        eigendistortions=op.in_image_shape(signed(op.distortions(pairs.rows))),
         index=np.array([*range(request.largest), *range(op.n - request.smallest, op.n)]),
         residuals=residuals.cpu().numpy(),
         converged=converged.cpu().numpy(),
@@ -95,15 +103,20 @@ def certify(
     )
 
 
-def fresh_pairs(op: RowOperator, rows: Tensor, request: Request) -> Pairs:
+def fresh_pairs(op: RowOperator, rows: Tensor, request: Request, lambda_max: float = 0.0) -> Pairs:
     """Return the Ritz pairs of the span of rows, random rows added where there are fewer than k.
 
     Values are the squared singular values of L X where F = L^T L is known, for these keep digits that X^T F X loses
-    to rounding.
+    to rounding. In an inner product given by M, an interval around a value as wide as the residual's norm in the
+    inverse of M holds an eigenvalue: Parlett (1998), "The symmetric eigenvalue problem", chapter 15. Such norms
+    are bounds, no tighter than the tolerance relative to lambda_max asks for.
     """
     x = orthonormal(rows)
     if len(x) < request.k:
         x = torch.cat([x, orthonormal(op.random_rows(request.k - len(x), request.rng), x)])
+    dual = x
+    if op.metric is not None:
+        x, dual = op.metric.orthonormal(x)
     if op.factored:
         images = op.factor(x)
         padded = torch.nn.functional.pad(images.double(), (0, max(0, len(x) - images.shape[1])))
@@ -114,8 +127,11 @@ def fresh_pairs(op: RowOperator, rows: Tensor, request: Request) -> Pairs:
         products = op.rows(x)
         values, mix = (part.flip(-1) for part in torch.linalg.eigh(symmetric(gram(x, products))))
         products = mix.T.to(x.dtype) @ products
-    x = mix.T.to(x.dtype) @ x
-    return Pairs(values, x, (products.double() - values[:, None] * x.double()).norm(dim=1))
+    x, dual = mix.T.to(x.dtype) @ x, mix.T.to(x.dtype) @ dual
+    residuals = products.double() - values[:, None] * dual.double()
+    enough = ENOUGH * request.tol * max(lambda_max, float(values[0]))
+    norms = residuals.norm(dim=1) if op.metric is None else op.metric.dual_norms(residuals, enough)
+    return Pairs(values, x, norms)
 
 
 def probe_rest(op: RowOperator, pairs: Pairs, request: Request) -> Probe:
@@ -210,16 +226,35 @@ def _null_words(nullity: int, known: bool, rest: Probe | None) -> str:
     return f"the null space has dimension {lower}by the probe about {estimate:.0f} ± {2 * rest.null_deviation:.0f}"
 
 
+def _zero_words(pairs: Pairs, request: Request, lambda_max: float, nullity: int) -> str:
+    """Say where a small eigenvalue is no more than what the residuals may hide."""
+    count = int((pairs.values[request.largest :] <= request.tol * lambda_max).sum())
+    if count <= nullity:
+        return ""
+    return f"{count} of the smallest {'is' if count == 1 else 'are'} zero to within tol: a smaller tol tells more"
+
+
 def _cluster_words(clusters: NDArray[np.int64], request: Request, n: int, exact: int | None) -> str:
     index = [*range(request.largest), *range(n - request.smallest, n)]
-    shared = [str(i) for i, dimension in zip(index, clusters, strict=True) if dimension > 1]
+    shared = [i for i, dimension in zip(index, clusters, strict=True) if dimension > 1]
     if not shared:
         return ""
     sizes = sorted({int(d) for d in clusters if d > 1})
     return (
-        f"index {', '.join(shared)}: only a subspace, of dimension {' and '.join(map(str, sizes))}"
+        f"index {_ranges(shared)}: only a subspace, of dimension {' and '.join(map(str, sizes))}"
         f"{'' if sizes == [exact] else ' or more'}, is determined, and the vectors in it depend on the seed"
     )
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Write ascending numbers with runs of them shortened: 3, 5-9."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
 
 
 def _probe_words(rest: Probe | None, missed: bool, pairs: Pairs, request: Request, lambda_max: float) -> str:
@@ -246,14 +281,7 @@ def _probe_words(rest: Probe | None, missed: bool, pairs: Pairs, request: Reques
     return f"with probability {1 - DOUBT:g}, " + " and ".join(words)
 
 
-def _signed(x: Tensor) -> Tensor:
+def signed(x: Tensor) -> Tensor:
     """Give every row the sign that makes its entry of largest magnitude positive."""
     largest = x.gather(1, x.abs().argmax(dim=1, keepdim=True))
     return torch.where(largest < 0, -x, x)
-
-
-def _in_shape(op: RowOperator, x: Tensor) -> Any:
-    if op.image is None:
-        return x if isinstance(op.source, Tensor) else x.numpy()
-    shape = op.image.shape
-    return x.reshape(len(x), *(shape[1:] if len(shape) > 1 and shape[0] == 1 else shape))

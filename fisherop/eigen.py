@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fisherop import certificate
+from fisherop import certificate, metric
 from fisherop.result import ConvergenceWarning, Eigendistortions
 from fisherop.rows import RowOperator
-from fisherop.solvers import BACKENDS, Control, Progress, Request, exact, lanczos
+from fisherop.solvers import BACKENDS, Backend, Control, Progress, Request, exact, lanczos, lobpcg
 
 WHICH = ("LM", "LA", "SM", "SA", "BE")
 DENSE_ORDER = 512
@@ -40,6 +40,7 @@ def eigendistortions(
     tol: float | None = None,
     maxiter: int | None = None,
     v0: Tensor | NDArray[Any] | None = None,
+    M: Any = None,
     rng: Any = None,
     callback: Callable[[Progress], object] | None = None,
     certify: str = "residuals",
@@ -58,8 +59,8 @@ def eigendistortions(
     method : str, optional
         "exact" (dense, of the short side's size), "lanczos" (block Lanczos for both ends), "nullspace" (projection,
         for the small end of a matrix with a null space), "arpack", "lobpcg", "primme" (where installed), "power",
-        "randomized_svd" (largest only), or "auto": exact where that is small, else lanczos, or nullspace where memory
-        is short; `message` says which and why.
+        "randomized_svd" (largest only), "davidson" (for an M known by its products), or "auto": exact where that is
+        small, else lanczos, or nullspace where memory is short; `message` says which and why.
     tol : float, optional
         A pair is converged when ``||F v - lambda v|| <= tol * lambda_max``, for every method. By default
         ``max(1e-6, 100 * eps)`` of the operator's dtype.
@@ -67,13 +68,21 @@ def eigendistortions(
         Most steps to take, a step being one product of F with a block of vectors. Has no meaning for "exact".
     v0 : Tensor or ndarray, optional
         One or more vectors to start from, in image shape or as rows of length n: the eigendistortions of an earlier
-        result resume its work.
+        result resume its work. Images are projected on the subspace of a restricted operator.
+    M : number, vector, matrix, LinearOperator or FisherOperator, optional
+        How the size of a distortion is measured, where not pixel by pixel: pairs are those of F v = lambda M v, so
+        that lambda is the squared sensitivity v'Fv relative to v'Mv. Symmetric positive definite: one number, a
+        diagonal of n entries in any shape, an n x n matrix, or an operator. Numbers, diagonals and matrices are
+        factorized, M = L L^T, and any method serves; an operator needs "davidson", "lobpcg", or "exact" for n
+        products with M, and costs one product with M for each with F, some for its checks, and some tens per pair for
+        the proof. Vectors come in unit Euclidean norm all the same, and are orthogonal in the sense of M.
+        Residuals and `tol` are then those of ``F v - lambda M v`` for ``v'Mv = 1``, in the norm ``sqrt(r' M^-1 r)``,
+        the one that bounds the error of lambda; for an operator an upper bound of it, by conjugate gradients.
     rng : optional
         Anything `numpy.random.default_rng` takes; the same seed gives the same answer.
     callback : callable, optional
         Called with a `Progress` (iteration, n_matvec, residuals) after every step; returning True stops the work
         and returns the best pairs so far.
-
     certify : {"residuals", "probe"}, optional
         "residuals" proves that every pair is an eigenpair, for k products. "probe" spends 60 more on a search of what
         is orthogonal to the result: it bounds, with probability 0.999, the rest of the spectrum, so that `message` can
@@ -93,7 +102,9 @@ def eigendistortions(
     Warns
     -----
     ConvergenceWarning
-        Where a pair's residual is above the tolerance. The best pairs are returned all the same.
+        Where a pair's residual is above the tolerance, or the search for missed copies of multiple eigenvalues was
+        cut short: then every pair marked converged is an eigenpair, but perhaps not of the wanted index. The best
+        pairs are returned all the same.
 
     Examples
     --------
@@ -101,13 +112,19 @@ def eigendistortions(
     >>> r = fo.eigendistortions(np.diag([4.0, 3.0, 0.0]), k=3)
     >>> r.eigenvalues
     array([4., 3., 0.])
+    >>> fo.eigendistortions(np.diag([4.0, 3.0, 0.0]), k=3, M=np.array([4.0, 1.0, 1.0])).eigenvalues
+    array([3., 1., 0.])
     >>> r.converged.all(), r.nullity
     (np.True_, 1)
     """
     operator = RowOperator(op)
+    _known(method, ("auto", *BACKENDS), "method")
+    if M is not None:
+        operator = metric.generalized(operator, M, dense=_small(operator, method, k))
     request = _checked_request(operator, k, which, tol, v0, rng)
     name, reason = _choose(operator, request) if method == "auto" else (method, "")
-    backend = BACKENDS[_known(name, ("auto", *BACKENDS), "method")]
+    backend = BACKENDS[name]
+    _check_metric(operator, name, backend, certify)
     if request.smallest and not backend.smallest:
         raise ValueError(f"method {name!r} finds the largest pairs only: use which='LM', or another method")
     if maxiter is not None and maxiter < 1:
@@ -118,13 +135,34 @@ def eigendistortions(
     result = certificate.certify(operator, request, found, name, reason, probe=certify == "probe")
     if result.lambda_max == 0:
         warnings.warn("F = 0: every direction is a null direction, and these are arbitrary ones", stacklevel=2)
-    elif not result.converged.all():
-        warnings.warn(_advice(result, control, name), ConvergenceWarning, stacklevel=2)
+    elif not result.converged.all() or found.doubt:
+        warnings.warn(_advice(result, control, name, found.doubt), ConvergenceWarning, stacklevel=2)
     return result
+
+
+def _small(op: RowOperator, method: str, k: int) -> bool:
+    """Tell whether an M known by its products is better known by its entries."""
+    return (
+        method == "exact"
+        or (method == "auto" and op.n <= DENSE_ORDER)
+        or (method == "lobpcg" and op.n <= lobpcg.DENSE_BELOW * k)
+    )
+
+
+def _check_metric(op: RowOperator, name: str, backend: Backend, certify: str) -> None:
+    if op.metric is None:
+        return
+    if not backend.metric:
+        able = ", ".join(repr(other) for other, its in BACKENDS.items() if its.metric)
+        raise ValueError(f"method {name!r} needs the entries of M: pass M as a matrix, or use {able} or 'exact'")
+    if certify == "probe":
+        raise ValueError("certify='probe' needs the entries of M: pass M as a matrix, or certify='residuals'")
 
 
 def _choose(op: RowOperator, request: Request) -> tuple[str, str]:
     """Return the method that `auto` takes, and why."""
+    if op.metric is not None:
+        return "davidson", "chosen because M is known by its products only"
     order = exact.size(op)
     if (order <= DENSE_ORDER or order <= 20 * request.k) and exact.n_bytes(op) <= DENSE_BYTES:
         return "exact", f"chosen for its dense problem of order {order}"
@@ -150,18 +188,14 @@ def _checked_request(op: RowOperator, k: int, which: str, tol: float | None, v0:
         generator = np.random.default_rng(rng)
     except (TypeError, ValueError) as error:
         raise TypeError(f"rng must be a whole number or a numpy.random.Generator, not {rng!r}") from error
-    return Request(int(k) - smallest, smallest, float(tol), generator, None if v0 is None else _start_rows(op, v0))
+    start = None if v0 is None else op.coordinates(_start_rows(op, v0))
+    return Request(int(k) - smallest, smallest, float(tol), generator, start)
 
 
 def _start_rows(op: RowOperator, v0: Any) -> Tensor:
-    rows = op.tensor(v0.detach() if isinstance(v0, Tensor) else np.array(v0))
-    if rows.numel() == 0 or rows.numel() % op.n:
-        raise ValueError(f"v0 of shape {tuple(rows.shape)} does not hold vectors of length n = {op.n}")
-    if rows.ndim == 2 and rows.shape[0] == op.n != rows.shape[1]:
-        rows = rows.T
-    rows = rows.reshape(-1, op.n)
+    rows = op.vectors(v0.detach() if isinstance(v0, Tensor) else np.array(v0))
     if not torch.isfinite(rows).all() or not bool((rows.norm(dim=1) > 0).all()):
-        raise ValueError("v0 must be finite, and no vector of it zero")
+        raise ValueError("v0 must be finite, and no vector of it zero where distortions are allowed")
     return rows
 
 
@@ -173,7 +207,9 @@ def _known(name: Any, names: tuple[str, ...], what: str) -> str:
     raise ValueError(f"{what} must be one of {', '.join(names)}, not {name!r}{hint}")
 
 
-def _advice(result: Eigendistortions, control: Control, method: str) -> str:
+def _advice(result: Eigendistortions, control: Control, method: str, doubt: str) -> str:
+    if result.converged.all():
+        return f"all {len(result)} pairs are eigenpairs, but {method!r} was {doubt}: raise maxiter"
     worst = result.residuals.max()
     count = f"{int((~result.converged).sum())} of {len(result)}"
     missed = f"{count} pairs did not reach tol={result.tol:.1e} (worst {worst:.1e})"

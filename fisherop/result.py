@@ -28,17 +28,19 @@ class Eigendistortions:
     Attributes
     ----------
     eigenvalues : ndarray of float64, shape (k,)
-        Descending, in units of squared response per squared image over the noise's variance.
+        Descending, in units of squared response per squared image over the noise's variance; those of
+        F v = lambda M v where M was given.
     eigendistortions : Tensor or ndarray, shape (k, ...)
         Unit norm, in the image's shape: k takes the place of a leading dimension of 1, else it is put in front.
     index : ndarray of int, shape (k,)
-        Position in the whole spectrum: 0 the largest, n - 1 the smallest.
+        Position in the whole spectrum of the operator, restricted if it is: 0 the largest, n - 1 the smallest.
     residuals : ndarray of float64, shape (k,)
-        ``||F v - lambda v|| / lambda_max``, from products made after the solver was done.
+        ``||F v - lambda v|| / lambda_max``, from products made after the solver was done. Where M was given,
+        ``sqrt(r' M^-1 r) / lambda_max`` of ``r = F v - lambda M v`` at ``v'Mv = 1``, or an upper bound of it.
     converged : ndarray of bool, shape (k,)
         ``residuals <= tol``.
     eigenvalue_bounds : ndarray of float64, shape (k, 2)
-        An interval that holds a true eigenvalue of F.
+        An interval that holds a true eigenvalue.
     clusters : ndarray of int, shape (k,)
         1 where a pair's vector is determined up to its sign; else the dimension (or a lower bound of it) of the
         subspace that is determined, within which the vector depends on the seed.
@@ -55,7 +57,7 @@ class Eigendistortions:
     lambda_max : float
         The largest eigenvalue met; residuals are relative to it.
     image : Tensor or None
-        The image, where the operator has one.
+        The image, where the operator has one; a mean over images has none.
     """
 
     eigenvalues: NDArray[np.float64]

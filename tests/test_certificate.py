@@ -81,7 +81,7 @@ def test_vectors_that_share_an_eigenvalue_are_reported_as_a_subspace():
     values = np.r_[1.0, 1.0, 1.0, np.linspace(0.6, 0.1, 60), 0, 0]
     result = fo.eigendistortions(spectrum_operator(values)[0], 6)
     assert result.clusters.tolist() == [3, 3, 3, 1, 2, 2]
-    assert "index 0, 1, 2, 63, 64: only a subspace, of dimension 2 and 3 or more, is determined" in result.message
+    assert "index 0-2, 63-64: only a subspace, of dimension 2 and 3 or more, is determined" in result.message
 
 
 def test_a_null_vector_belongs_to_the_whole_null_space():
@@ -100,3 +100,9 @@ def test_too_few_or_dependent_vectors_are_filled_up_and_not_called_converged():
 def test_an_unknown_certificate_is_refused():
     with pytest.raises(ValueError, match="certify must be one of residuals, probe, not 'prove'"):
         fo.eigendistortions(np.eye(3), certify="prove")
+
+
+def test_a_value_below_the_tolerance_is_said_to_be_zero_to_within_it():
+    for smallest, said in ((1e-8, True), (1e-3, False)):
+        matrix = spectrum_operator(np.r_[np.linspace(1, 0.1, 60), smallest])[0]
+        assert ("1 of the smallest is zero to within tol" in fo.eigendistortions(matrix, 2).message) is said

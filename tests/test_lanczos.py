@@ -169,6 +169,8 @@ def test_a_search_cut_short_is_said():
     maxiter = 1 + next(i for i, residual in enumerate(seen, 1) if residual <= 0.9e-6)
     result, _ = run(matrix(LINEAR), 4, 0, maxiter=maxiter)
     assert "multiple eigenvalue" in result.message
+    with pytest.warns(fo.ConvergenceWarning, match="multiple eigenvalue was missed: raise maxiter"):
+        fo.eigendistortions(matrix(LINEAR), 4, "LM", "lanczos", tol=1e-6, rng=0, maxiter=maxiter)
 
 
 def test_the_nullity_is_known_once_the_whole_space_is():

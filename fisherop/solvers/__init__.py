@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fisherop.rows import RowOperator
-from fisherop.solvers import arpack, exact, lanczos, lobpcg, nullspace, power, primme, randomized_svd
+from fisherop.solvers import arpack, davidson, exact, lanczos, lobpcg, nullspace, power, primme, randomized_svd
 from fisherop.solvers.contract import Control, Found, Progress, Request
 
 __all__ = ["BACKENDS", "Backend", "Control", "Found", "Progress", "Request"]
@@ -14,19 +14,24 @@ __all__ = ["BACKENDS", "Backend", "Control", "Found", "Progress", "Request"]
 
 @dataclass(frozen=True)
 class Backend:
-    """A solver, how many steps it may take unless told otherwise, and whether it reaches the small end."""
+    """A solver, how many steps it may take unless told otherwise, and what it can do.
+
+    It may reach the small end, and it may solve F v = lambda M v from products with M.
+    """
 
     solve: Callable[[RowOperator, Request, Control], Found]
     maxiter: int
     smallest: bool = True
+    metric: bool = False
 
 
 BACKENDS = {
     "exact": Backend(exact.solve, maxiter=1),
     "lanczos": Backend(lanczos.solve, maxiter=5000),
+    "davidson": Backend(davidson.solve, maxiter=2000, metric=True),
     "nullspace": Backend(nullspace.solve, maxiter=nullspace.MAXITER),
     "arpack": Backend(arpack.solve, maxiter=5000),
-    "lobpcg": Backend(lobpcg.solve, maxiter=1000),
+    "lobpcg": Backend(lobpcg.solve, maxiter=1000, metric=True),
     "primme": Backend(primme.solve, maxiter=5000),
     "power": Backend(power.solve, maxiter=1000),
     "randomized_svd": Backend(randomized_svd.solve, maxiter=100, smallest=False),

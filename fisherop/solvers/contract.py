@@ -6,6 +6,7 @@ Gram matrices and small eigenproblems are float64 on the host's side of accuracy
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -85,6 +86,15 @@ class Request:
         """Pairs wanted in all."""
         return self.largest + self.smallest
 
+    def places(self, size: int, largest: int, smallest: int) -> list[int]:
+        """Return the places of the extreme ones of `size` ascending values, descending; where they are few, none twice.
+
+        The pairs wanted at the large end go before any at the small one.
+        """
+        bottom = min(smallest, size - min(self.largest, size))
+        top = min(largest, size - bottom)
+        return [size - 1 - i for i in range(top)] + [bottom - 1 - i for i in range(bottom)]
+
     def start(self, op: RowOperator, count: int, *, smallest: bool = False) -> Tensor:
         """Return `count` orthonormal rows to start from: v0 as far as it goes, then random ones.
 
@@ -110,12 +120,15 @@ class Found:
         Dimension of the null space, where the solver knows it exactly.
     note : str
         What the user should know of the way.
+    doubt : str
+        Why a better pair may have been missed, where the solver checks that and could not finish.
     """
 
     vectors: Tensor
     lambda_max: float
     nullity: int | None = None
     note: str = ""
+    doubt: str = ""
 
 
 def orthonormal(rows: Tensor, against: Tensor | None = None) -> Tensor:
@@ -158,6 +171,13 @@ def ritz(rows: Tensor, products: Tensor, largest: int, smallest: int) -> tuple[T
     return values[order], x, residuals
 
 
+def null_dimension(op: RowOperator, values: Tensor, lambda_max: float) -> int | None:
+    """Return how many of all Ritz values are zero to rounding; None unless there is one for every dimension."""
+    if len(values) < op.n:
+        return None
+    return int((values <= 4 * math.sqrt(op.n) * torch.finfo(op.dtype).eps * lambda_max).sum())
+
+
 def symmetric(matrix: Tensor) -> Tensor:
     """Return the symmetric part."""
     return (matrix + matrix.T) / 2
@@ -165,7 +185,12 @@ def symmetric(matrix: Tensor) -> Tensor:
 
 def largest_ritz_value(op: RowOperator, request: Request, steps: int = 12) -> float:
     """Estimate the largest eigenvalue from below by a few Lanczos steps with full reorthogonalization."""
-    basis = request.start(op, 1)
+    return float(ritz_values(op, request.start(op, 1), steps)[-1])
+
+
+def ritz_values(op: RowOperator, start: Tensor, steps: int) -> Tensor:
+    """Return the ascending Ritz values of a few Lanczos steps from one row, with full reorthogonalization."""
+    basis = orthonormal(start)
     products = op.rows(basis)
     for _ in range(min(steps, op.n) - 1):
         fresh = orthonormal(products[-1:], basis)
@@ -173,7 +198,8 @@ def largest_ritz_value(op: RowOperator, request: Request, steps: int = 12) -> fl
             break
         basis = torch.cat([basis, fresh])
         products = torch.cat([products, op.rows(fresh)])
-    return float(torch.linalg.eigvalsh(symmetric(gram(basis, products)))[-1])
+    values: Tensor = torch.linalg.eigvalsh(symmetric(gram(basis, products)))
+    return values
 
 
 class Stop(Exception):
@@ -204,4 +230,6 @@ class Watched:
         rows = orthonormal(
             torch.cat([block for block, _ in self.seen] + [self.op.random_rows(largest + smallest, rng)])
         )
+        if self.op.metric is not None:
+            rows, _ = self.op.metric.orthonormal(rows)
         return ritz(rows, self.op.rows(rows), largest, smallest)[1]

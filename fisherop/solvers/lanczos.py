@@ -22,15 +22,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop.rows import RowOperator
-from fisherop.solvers.contract import Control, Found, Request, gram
+from fisherop.solvers.contract import Control, Found, Request, gram, null_dimension
 
 BASIS_BYTES = 1 << 30
 BASIS_ROWS = 1500
@@ -39,8 +36,13 @@ MISSED = 5e-5  # probability that a search for missed pairs overlooks one
 SHARE = 0.05  # of its square norm that a missed eigenvector may have in what is left out of a search for it
 NEAR = 100  # Ritz vectors next to those wanted that may be known well enough to be left out of a search
 COLUMNS = 1 << 14
+EXACT_EVERY = 1.1  # rows, relative to those at the last exact eigenproblem, at which to solve it again
+CONFIRMED_EVERY = 1.015  # the same where the pairs seem to have converged
+ESTIMATED_FROM = 30  # Ritz vectors at each end that pairs are estimated from between
+TINY = torch.finfo(torch.float64).tiny
 
-Matrix = NDArray[np.float64]
+Matrix = Tensor
+"""Small float64 matrices on the CPU. Not NumPy's: its BLAS has threads that would fight with torch's for the cores."""
 
 
 def solve(
@@ -60,16 +62,15 @@ def solve(
             space.restart(pairs.kept(space))
             continue
         space.expand(directions)
-        if pairs.due(space) or pairs.converged:
-            pairs.update(space)
+        pairs.follow(space)
         if control.step(pairs.residuals) or pairs.converged:
             break
     pairs.update(space)
-    found = Found(pairs.vectors(space), pairs.lambda_max, pairs.nullity(space))
+    found = Found(pairs.vectors(space), pairs.lambda_max, null_dimension(op, pairs.values, pairs.lambda_max))
     if not pairs.converged or space.done == op.n or nothing_missed(space, pairs, room, control):
         return found
     if control.stopped or control.iteration >= control.maxiter:
-        return replace(found, note="stopped before it was certain that no copy of a multiple eigenvalue was missed")
+        return replace(found, doubt="stopped before it was certain that no copy of a multiple eigenvalue was missed")
     return solve(op, replace(request, v0=None), control, block=max(request.largest, width), basis=basis)
 
 
@@ -87,22 +88,26 @@ def nothing_missed(space: SearchSpace, pairs: Pairs, room: int, control: Control
     rest.lock(known)
     rest.inject(space.op.random_rows(1, pairs.request.rng))
     enough = math.log(math.sqrt(2 * space.op.n / math.pi) / MISSED)
-    while rest.pending and doubts and not rest.full(1):
-        rest.expand(np.eye(1))
+    stop, judged = False, 0
+    while rest.pending and doubts and not rest.full(1) and not stop:
+        rest.expand(_eye(1))
+        stop = control.step(pairs.residuals)
+        steps = rest.done - len(known)
+        if steps < CONFIRMED_EVERY * judged and not stop:
+            continue
+        judged = steps
         run = rest.matrix()[len(known) :, len(known) :]
-        values, vectors = np.linalg.eigh(run)
-        left = float(np.linalg.norm(rest.coupling()[:, -1]))
-        spread = np.log(np.append(np.diag(run, -1), max(left, np.finfo(float).tiny))).sum()
+        values, vectors = torch.linalg.eigh(run)
+        left = float(rest.coupling()[:, -1].norm())
+        spread = float(run.diagonal(-1).log().sum()) + math.log(max(left, TINY))
         for doubt in doubts.copy():
-            best = int(np.argmax(doubt.sign * values))
+            best = int((doubt.sign * values).argmax())
             distances = doubt.sign * (doubt.value - values) - shift
             if doubt.sign * (values[best] - doubt.last) > pairs.slack:
                 return False
-            bounded = distances[best] > 0 and np.log(distances).sum() - spread >= enough
-            if bounded or left * abs(vectors[-1, best]) <= pairs.limit * pairs.lambda_max:
+            bounded = distances[best] > 0 and float(distances.log().sum()) - spread >= enough
+            if bounded or left * abs(float(vectors[-1, best])) <= pairs.limit * pairs.lambda_max:
                 doubts.remove(doubt)
-        if control.step(pairs.residuals):
-            break
     return not doubts or not rest.pending
 
 
@@ -113,7 +118,7 @@ class SearchSpace:
         self.op = op
         room = min(op.n, room)
         self.rows = torch.empty(room, op.n, dtype=op.dtype, device=op.device)
-        self.h: Matrix = np.zeros((room, room))
+        self.h: Matrix = torch.zeros(room, room, dtype=torch.float64)
         self.done = self.size = self.near = 0
         self.scale = 0.0
 
@@ -137,7 +142,7 @@ class SearchSpace:
 
     def combine(self, mix: Matrix) -> Tensor:
         """Return combinations of the multiplied rows."""
-        return self._small(mix.T) @ self.rows[: self.done]
+        return mix.T.to(self.rows) @ self.rows[: self.done]
 
     def inject(self, rows: Tensor) -> int:
         """Add what is new in `rows` to the pending ones, and return how many rows that gave."""
@@ -167,7 +172,7 @@ class SearchSpace:
         """Keep of the multiplied rows the combinations `mix`, which must be Ritz vectors, and all pending rows."""
         kept, pending = mix.shape[1], self.pending
         inner, outer = mix.T @ self.matrix() @ mix, self.coupling() @ mix
-        turn = self._small(mix.T)
+        turn = mix.T.to(self.rows)
         for columns in torch.split(self.rows, COLUMNS, dim=1):  # in pieces: no second basis in memory
             columns[: kept + pending] = torch.cat([turn @ columns[: self.done], columns[self.done : self.size]])
         self.done, self.size, self.near = kept, kept + pending, 0
@@ -182,29 +187,27 @@ class SearchSpace:
 
     def _turn(self, directions: Matrix) -> None:
         """Turn the pending rows so that the combinations `directions` come first."""
-        turn = np.linalg.qr(directions, mode="complete")[0]
+        if torch.equal(directions, _eye(len(directions))[:, : directions.shape[1]]):
+            return
+        turn = torch.linalg.qr(directions, mode="complete")[0]
         turn[:, : directions.shape[1]] = directions
         pending = slice(self.done, self.size)
-        if not np.array_equal(turn, np.eye(len(turn))):
-            self.rows[pending] = self._small(turn.T) @ self.rows[pending]
-            self.h[pending, : self.done] = turn.T @ self.coupling()
+        self.rows[pending] = turn.T.to(self.rows) @ self.rows[pending]
+        self.h[pending, : self.done] = turn.T @ self.coupling()
 
     def _split(self, block: Tensor, near: int, floor: float) -> tuple[Matrix, Tensor, Matrix]:
         """Write block = inside^T rows + outside^T fresh, fresh rows orthonormal; what is below floor is dropped."""
-        inside = np.zeros((self.size, len(block)))
-        fresh, outside, _ = _normalized(block, np.eye(len(block)), floor)
+        inside = torch.zeros(self.size, len(block), dtype=torch.float64)
+        fresh, outside, _ = _normalized(block, _eye(len(block)), floor)
         for first in (near, 0, 0, 0) if near else (0, 0, 0):
             rows = self.rows[first : self.size]
             part = rows @ fresh.T
             fresh = fresh - part.T @ rows
-            inside[first:] += part.double().cpu().numpy() @ outside
+            inside[first:] += part.double().cpu() @ outside
             fresh, outside, least = _normalized(fresh, outside, floor)
             if first == 0 and least > 0.5:
                 break
         return inside, fresh, outside
-
-    def _small(self, matrix: Matrix) -> Tensor:
-        return self.op.tensor(np.ascontiguousarray(matrix))
 
 
 @dataclass(frozen=True)
@@ -224,50 +227,68 @@ class Pairs:
         self.limit = SAFETY * request.tol
         self.lambda_max = 0.0
         self.residuals = torch.full((request.k,), math.inf, dtype=torch.float64)
-        self.values: Matrix = np.zeros(0)
-        self.mix: Matrix = np.zeros((0, 0))
-
-    @property
-    def converged(self) -> bool:
-        """Tell whether all residuals are within the tolerance."""
-        return bool((self.residuals <= self.limit).all())
+        self.values: Matrix = torch.zeros(0, dtype=torch.float64)
+        self.mix: Matrix = torch.zeros(0, 0, dtype=torch.float64)
+        self.current = self.mix
+        self.converged = False
 
     @property
     def slack(self) -> float:
         """The difference of eigenvalues that does not matter."""
         return self.request.tol * self.lambda_max
 
-    def due(self, space: SearchSpace) -> bool:
-        """Tell whether to solve the small eigenproblem: after every 2 % of new rows."""
-        return space.done >= len(self.values) + len(self.values) // 50
+    def follow(self, space: SearchSpace) -> None:
+        """Bring the wanted pairs up to date after products: exactly where it is time, or where they may be there."""
+        fresh = space.done / max(len(self.values), 1)
+        if fresh < EXACT_EVERY:
+            self._estimate(space)
+        if fresh >= (CONFIRMED_EVERY if self._within_limit() else EXACT_EVERY):
+            self.update(space)
 
     def update(self, space: SearchSpace) -> None:
-        """Solve the small eigenproblem; residuals are relative to the largest Ritz value so far."""
-        if len(self.values) == space.done:
-            return
-        # By torch: NumPy's BLAS has threads of its own, which would fight with those of the products for the cores.
-        values, mix = torch.linalg.eigh(torch.from_numpy(space.matrix()))
-        self.values, self.mix = values.numpy(), mix.numpy()
-        self.lambda_max = max(self.lambda_max, float(self.values[-1]))
+        """Solve the small eigenproblem."""
+        if len(self.values) < space.done:
+            self.values, self.mix = torch.linalg.eigh(space.matrix())
+            self.lambda_max = max(self.lambda_max, float(self.values[-1]))
+            self._judge(space, self.mix[:, self._first(space.done)])
+            self.converged = self._within_limit()
+
+    def _estimate(self, space: SearchSpace) -> None:
+        """Approximate the pairs from the Ritz vectors next to them when last computed, and the rows multiplied since.
+
+        The whole eigenproblem costs the cube of the rows, and would otherwise take longer than the products.
+        """
+        old, nearest = len(self.values), self._first(len(self.values), ESTIMATED_FROM)
+        since = slice(old, space.done)
+        known = torch.cat([self.mix[:, nearest], torch.zeros(space.done - old, len(nearest), dtype=torch.float64)])
+        parts = torch.cat([known, _eye(space.done)[:, since]], dim=1)
+        products = torch.cat([known * self.values[nearest], space.h[: space.done, since]], dim=1)
+        products[since, : len(nearest)] = space.h[:old, since].T @ known[:old]
+        _, mix = torch.linalg.eigh(parts.T @ products)
+        self._judge(space, parts @ mix[:, self._first(len(mix))])
+
+    def _judge(self, space: SearchSpace, current: Matrix) -> None:
+        """Take vectors for the current ones; residuals are relative to the largest Ritz value so far."""
+        self.current = current
         self.residuals[:] = math.inf
-        norms = self._norms(space, self._order(self.request.largest, self.request.smallest))
-        self.residuals[: len(norms)] = torch.from_numpy(norms)
+        norms = self._norms(space, current)[: self.request.k]
+        self.residuals[: len(norms)] = norms
+
+    def _within_limit(self) -> bool:
+        return bool((self.residuals <= self.limit).all())
 
     def directions(self, space: SearchSpace) -> Matrix:
         """Return the combinations of pending rows that improve the first pairs not yet converged."""
-        everything = np.eye(space.pending)
-        if not space.done or (space.pending == 1 and self.request.k == 1):
+        everything = _eye(space.pending)
+        if not space.done or space.pending == 1:
             return everything
-        self.update(space)
-        spare = max(0, self.width - self.request.k)
-        top, bottom = (0, spare) if self.request.smallest else (spare, 0)
-        order = np.array(self._order(self.request.largest + top, self.request.smallest + bottom))
-        missing = order[self._norms(space, order) > self.limit][: self.width]
-        if not len(missing) or space.pending <= len(missing):
+        missing = self.current[:, self._norms(space, self.current) > self.limit][:, : self.width]
+        if space.pending <= missing.shape[1] or missing.shape[1] == 0:
             return everything[:, : self.width]
-        residuals = space.coupling() @ self.mix[:, missing]
-        span, size, _ = np.linalg.svd(residuals / np.linalg.norm(residuals, axis=0), full_matrices=False)
-        return span[:, size > 0.1]
+        residuals = space.coupling() @ missing
+        span, size, _ = torch.linalg.svd(residuals / residuals.norm(dim=0), full_matrices=False)
+        needed: Matrix = span[:, size > 0.1]
+        return needed
 
     def kept(self, space: SearchSpace) -> Matrix:
         """Return the Ritz vectors that survive a restart."""
@@ -275,7 +296,8 @@ class Pairs:
         spare = max(0, (len(space.rows) - self.request.k - space.pending) * 3 // 5)
         bottom = spare // 4 if self.request.smallest else 0
         kept = sorted(self._order(self.request.largest + spare - bottom, self.request.smallest + bottom))
-        mix, self.values, self.mix = self.mix[:, kept], self.values[kept], np.eye(len(kept))
+        mix, self.values, self.mix = self.mix[:, kept], self.values[kept], _eye(len(kept))
+        self.current = self.mix[:, self._first(len(kept))]
         return mix
 
     def doubts(self) -> list[Doubt]:
@@ -285,7 +307,7 @@ class Pairs:
         """
         doubts = []
         for sign, wanted in ((1, self.request.largest), (-1, self.request.smallest)):
-            found = self.values[::-sign]
+            found = self.values.flip(0) if sign > 0 else self.values
             vouched = wanted <= self.seen or (sign < 0 and found[wanted - 1] <= self.slack)  # nothing is below zero
             if not vouched:
                 value = found[wanted - 2] - sign * self.slack if self.seen else found[wanted - 1] + sign * self.slack
@@ -300,39 +322,42 @@ class Pairs:
         """
         near = {1: 0, -1: 0} | {doubt.sign: NEAR for doubt in doubts}
         order = self._order(self.request.largest + near[1], self.request.smallest + near[-1])
-        distances = np.min([abs(doubt.value - self.values[order]) for doubt in doubts], axis=0)
-        shares = (self._norms(space, order) * self.lambda_max / np.maximum(distances, np.finfo(float).tiny)) ** 2
-        wanted = np.isin(order, self._order(self.request.largest, self.request.smallest))
+        distances = torch.stack([abs(doubt.value - self.values[order]) for doubt in doubts]).amin(0)
+        shares = (self._norms(space, self.mix[:, order]) * self.lambda_max / distances.clamp(min=TINY)) ** 2
+        asked = set(self._order(self.request.largest, self.request.smallest))
+        wanted = torch.tensor([i in asked for i in order])
         shares[wanted] = 0  # these have converged: where the values meet, what was missed is orthogonal by choice
-        surest = np.argsort(shares)
+        surest = shares.argsort(stable=True)
         shares, distances = shares[surest], distances[surest]
-        shifts = np.cumsum(shares * distances) / (1 - SHARE)
+        shifts = (shares * distances).cumsum(0) / (1 - SHARE)
         # What is left out should leave the rest far from the value sought, and move that little.
-        far = np.append(np.minimum.accumulate(distances[::-1])[::-1][1:], distances.max()) - shifts
-        best = int(np.argmax(np.where(np.cumsum(shares) <= SHARE, far, -np.inf)))
-        best = max(best, int(wanted.sum()) - 1)
-        return sorted(np.array(order)[surest[: best + 1]].tolist()), float(shifts[best])
+        far = torch.cat([distances.flip(0).cummin(0).values.flip(0)[1:], distances.max()[None]]) - shifts
+        far[shares.cumsum(0) > SHARE] = -math.inf
+        best = max(int(far.argmax()), len(asked) - 1)
+        return sorted(torch.tensor(order)[surest[: best + 1]].tolist()), float(shifts[best])
 
     def vectors(self, space: SearchSpace) -> Tensor:
         """Return the wanted vectors, descending."""
         return space.combine(self.mix[:, self._order(self.request.largest, self.request.smallest)])
 
-    def nullity(self, space: SearchSpace) -> int | None:
-        """Return the dimension of the null space if the whole space was searched."""
-        if space.done < space.op.n:
-            return None
-        floor = 4 * math.sqrt(space.op.n) * torch.finfo(space.op.dtype).eps * self.lambda_max
-        return int((self.values <= floor).sum())
-
     def _order(self, largest: int, smallest: int) -> list[int]:
-        size = len(self.values)
-        bottom = min(smallest, size - min(self.request.largest, size))
-        top = min(largest, size - bottom)
-        return [size - 1 - i for i in range(top)] + [bottom - 1 - i for i in range(bottom)]
+        return self.request.places(len(self.values), largest, smallest)
 
-    def _norms(self, space: SearchSpace, order: Any) -> Matrix:
-        norms = np.linalg.norm(space.coupling() @ self.mix[:, order], axis=0)
-        return np.asarray(norms / (self.lambda_max or 1.0))
+    def _first(self, size: int, beside: int = 0) -> list[int]:
+        """Return the places of the wanted pairs, then of those that fill up a block, and of some beside at each end."""
+        largest, smallest = self.request.largest, self.request.smallest
+        wanted = self.request.places(size, largest, smallest)
+        spare = max(0, self.width - self.request.k) + beside
+        more = self.request.places(size, largest + (spare if largest else 0), smallest + (spare if smallest else 0))
+        return wanted + [i for i in more if i not in wanted]
+
+    def _norms(self, space: SearchSpace, mix: Matrix) -> Tensor:
+        norms: Tensor = (space.coupling() @ mix).norm(dim=0)
+        return norms / (self.lambda_max or 1.0)
+
+
+def _eye(size: int) -> Matrix:
+    return torch.eye(size, dtype=torch.float64)
 
 
 def _normalized(block: Tensor, mix: Matrix, floor: float) -> tuple[Tensor, Matrix, float]:
@@ -341,11 +366,16 @@ def _normalized(block: Tensor, mix: Matrix, floor: float) -> tuple[Tensor, Matri
     The last value tells how much of the smallest remaining row was left of norm 1. Stathopoulos and Wu (2002), "A block
     orthogonalization procedure with constant synchronization requirements", algorithm SVQB.
     """
-    values, vectors = (part.numpy() for part in torch.linalg.eigh(gram(block, block).cpu()))
-    size = np.sqrt(np.maximum(values, 0))
+    if len(block) == 1:  # the common case, without a product in double precision
+        size = block.norm(dtype=torch.float64).cpu()
+        outside = size * mix
+        kept = int(outside.norm() > floor)
+        return block[:kept] / size.to(block), outside[:kept], float(size) if kept else 1.0
+    values, vectors = torch.linalg.eigh(gram(block, block).cpu())
+    size = values.clamp(min=0).sqrt()
     outside = (vectors * size).T @ mix
-    kept = np.linalg.norm(outside, axis=1) > floor
+    kept = outside.norm(dim=1) > floor
     if not kept.any():
         return block[:0], outside[:0], 1.0
-    turn = torch.as_tensor((vectors[:, kept] / size[kept]).T).to(block)
+    turn = (vectors[:, kept] / size[kept]).T.to(block)
     return turn @ block, outside[kept], float(size[kept].min())

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fisherop.operators import InformationOperator
 from fisherop.rows import RowOperator
 from fisherop.solvers import lanczos
 from fisherop.solvers.contract import Control, Found, Progress, Request, gram, largest_ritz_value, orthonormal
@@ -100,6 +101,7 @@ def project_to_null(
         Any n x n real symmetric positive semidefinite operator.
     image : Tensor or ndarray
         n entries in any shape, not all zero: the picture to imitate. It need not be the image that `op` was made at.
+        Of an operator that is restricted to some distortions, the picture's part within them is projected.
     tol : float, optional
         The projection v is converged when ``||F v|| <= tol * lambda_max * ||v||``. By default
         ``max(1e-6, 100 * eps)`` of the operator's dtype.
@@ -224,6 +226,8 @@ def _row(op: RowOperator, image: Any) -> Tensor:
     if not isinstance(image, (Tensor, np.ndarray)):
         raise TypeError(f"image must be a tensor or an array, not {type(image).__name__}")
     row = op.tensor(image.detach() if isinstance(image, Tensor) else image).reshape(1, -1)
+    if _restricted(op, row.shape[1]):
+        row = op.source.from_image(row)
     if row.shape[1] != op.n:
         raise ValueError(
             f"image has {row.shape[1]} entries but the operator has n = {op.n}: pass one image of its size"
@@ -231,6 +235,11 @@ def _row(op: RowOperator, image: Any) -> Tensor:
     if not torch.isfinite(row).all() or not bool(row.any()):
         raise ValueError("image must be finite, and not zero everywhere")
     return row
+
+
+def _restricted(op: RowOperator, size: int) -> bool:
+    """Tell whether something of this size is a picture, and the operator one of distortions within a subspace."""
+    return isinstance(op.source, InformationOperator) and size == op.source.image_shape.numel() != op.n
 
 
 def _answer(projection: Projection, tol: float, least: float, control: Control, image: Any) -> NullProjection:
@@ -250,6 +259,7 @@ def _answer(projection: Projection, tol: float, least: float, control: Control, 
     else:
         verdict = f"rounding in {op.dtype} stopped it at a residual of {residual:.1e}: loosen tol, or use float64"
     row = projection.rows[0]
+    row = op.source.expand(row[None])[0] if _restricted(op, math.prod(image.shape)) else row
     result = row.reshape(image.shape).to(image) if isinstance(image, Tensor) else row.cpu().numpy().reshape(image.shape)
     return NullProjection(
         image=result,
