@@ -1,0 +1,289 @@
+"""Comparisons of models at one image, against dense pencils, finite differences and laws of invariance."""
+
+import matplotlib
+import matplotlib.figure
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.sparse as sp
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import build, dense_jacobian
+from scipy.sparse.linalg import aslinearoperator
+from strategies import spectrum_operator
+
+import fisherop as fo
+from fisherop.compare import _log_volume
+
+matplotlib.use("Agg")
+
+
+def spd(n, seed=0, low=0.1):
+    return spectrum_operator(np.linspace(1, low, n), seed)[0].numpy()
+
+
+def pair(name="attention", dtype=torch.float64):
+    """Return two models of one kind at one image, and their Fisher operators."""
+    model, image = build(name, dtype)
+    other, _ = build(name, dtype, seed=3)
+    return (model, other), image, [fo.FisherOperator(m, image) for m in (model, other)]
+
+
+def cosines(one, other):
+    a, b = (np.asarray(part, dtype=np.float64).reshape(len(part), -1) for part in (one, other))
+    return abs(a @ b.T) / np.linalg.norm(a, axis=1)[:, None] / np.linalg.norm(b, axis=1)
+
+
+# generalized_eigendistortions
+
+
+@pytest.mark.parametrize("kind", ["array", "sparse", "operator", "tensor"])
+@pytest.mark.parametrize("delta", [1e-3, 0.1])
+def test_one_model_relative_to_another_is_the_dense_pencil(kind, delta):
+    A, B = spd(60), spd(60, seed=1, low=0.0)
+    wrap = {"array": np.asarray, "sparse": sp.csr_array, "operator": aslinearoperator, "tensor": torch.tensor}[kind]
+    values = scipy.linalg.eigh(A, B + delta * np.eye(60), eigvals_only=True)[::-1]
+    result = fo.generalized_eigendistortions(wrap(A), wrap(B), 4, delta=delta, rng=0)
+    assert result.converged.all()
+    np.testing.assert_allclose(result.eigenvalues, values[result.index], atol=1e-5 * values[0])
+
+
+@pytest.mark.parametrize("method", ["auto", "davidson"])
+def test_models_are_compared_in_the_image_s_shape(method):
+    models, image, (A, B) = pair()
+    dense_A, dense_B = (J.T @ J for J in (dense_jacobian(m, image).numpy() for m in models))
+    M = dense_B + 1e-3 * np.linalg.eigvalsh(dense_B)[-1] * np.eye(A.shape[0])
+    values = scipy.linalg.eigh(dense_A, M, eigvals_only=True)[::-1]
+    result = fo.generalized_eigendistortions(A, B, 4, method=method, rng=0)
+    np.testing.assert_allclose(result.eigenvalues, values[result.index], atol=2e-5 * values[0])
+    assert result.eigendistortions.shape == (4, *image.shape[1:])
+    seen = [fo.discriminability(op, result.eigendistortions) ** 2 for op in (A, B)]
+    lifted = seen[1] + 1e-3 * np.linalg.eigvalsh(dense_B)[-1]
+    np.testing.assert_allclose(seen[0] / lifted, result.eigenvalues, rtol=1e-3)
+
+
+def test_a_ratio_does_not_depend_on_the_scale_of_the_second_model():
+    A, B = spd(40), spd(40, seed=1)
+    one, other = (fo.generalized_eigendistortions(A, c * B, rng=0) for c in (1, 100))
+    np.testing.assert_allclose(one.eigenvalues, 100 * other.eigenvalues, rtol=1e-6)
+
+
+# principal_distortions
+
+
+def contrast(values):
+    """Return the variance of log sensitivity ratios that the extreme ratios of squared sensitivities give."""
+    return (np.log(values[0] / values[-1]) / 4) ** 2
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=4)
+def test_two_models_give_the_extreme_generalized_eigenvectors(seed, dtype):
+    A, B = spd(20, seed), spd(20, seed + 1)
+    values, vectors = scipy.linalg.eigh(A, B)
+    p = fo.principal_distortions([A.astype(dtype), B.astype(dtype)], restarts=1)
+    close = 1e-7 if dtype == np.float64 else 1e-3
+    np.testing.assert_allclose(p.objective, contrast(values), rtol=close)
+    assert (cosines(p.distortions, vectors.T[[0, -1]]).max(axis=1) > 1 - 100 * close).all()
+
+
+@pytest.mark.parametrize("name", ["attention", "linear m>n"])
+def test_two_networks_give_the_extremes_of_their_pencil(name):
+    models, image, ops = pair(name)
+    dense_A, dense_B = (J.T @ J for J in (dense_jacobian(m, image).numpy() for m in models))
+    tops = [np.linalg.eigvalsh(d)[-1] for d in (dense_A, dense_B)]
+    lifted = [d + 1e-3 * top * np.eye(len(d)) for d, top in zip((dense_A, dense_B), tops, strict=True)]
+    p = fo.principal_distortions(ops, delta=1e-3, restarts=0)
+    values = scipy.linalg.eigh(*lifted, eigvals_only=True)
+    assert p.converged
+    assert p.distortions.shape == (2, *(image.shape[1:] if image.shape[0] == 1 else image.shape))
+    np.testing.assert_allclose(p.objective, contrast(values), rtol=1e-3)
+    np.testing.assert_allclose(p.sensitivities, [fo.discriminability(op, p.distortions) for op in ops], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("n_models", "k"), [(3, 2), (4, 3)])
+def test_neither_the_order_nor_the_scale_of_models_matters(n_models, k):
+    ops = [spd(15, seed=i) for i in range(n_models)]
+    scaled = [10.0 ** (2 * i - 3) * op for i, op in enumerate(ops)]
+    one, *others = (fo.principal_distortions(models, k, restarts=1) for models in (ops, ops[::-1], scaled))
+    for other in others:
+        np.testing.assert_allclose(other.objective, one.objective, rtol=1e-6)
+        np.testing.assert_allclose(cosines(one.distortions, other.distortions).diagonal(), 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_the_objective_is_the_generalized_variance_of_log_ratios(k):
+    p = fo.principal_distortions([spd(15, seed=i) for i in range(4)], k, restarts=1)
+    logs = np.log(p.sensitivities)
+    for reference in range(k):
+        ratios = np.delete(logs, reference, axis=1) - logs[:, [reference]]
+        covariance = np.cov(ratios.T, bias=True).reshape(k - 1, k - 1)
+        np.testing.assert_allclose(np.linalg.det(covariance), p.objective, rtol=1e-6)
+
+
+def test_no_small_step_improves_what_is_stationary():
+    ops = [spd(15, seed=i) for i in range(3)]
+    p = fo.principal_distortions(ops, 2, restarts=0)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        d = p.distortions + 1e-3 * rng.standard_normal(p.distortions.shape)
+        logs = np.log([np.sqrt(np.einsum("ij,jk,ik->i", d, op, d)) for op in ops])
+        assert np.var(logs[:, 0] - logs[:, 1]) <= p.objective
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 4))
+def test_the_gradient_of_the_objective_is_its_slope(seed, k):
+    rng = np.random.default_rng(seed)
+    logs, step = rng.standard_normal((5, k)), rng.standard_normal((5, k))
+    slope = (_log_volume(logs + 1e-6 * step)[0] - _log_volume(logs - 1e-6 * step)[0]) / 2e-6
+    np.testing.assert_allclose((_log_volume(logs)[1] * step).sum(), slope, rtol=1e-4, atol=1e-4)
+
+
+def test_products_of_a_comparison_are_counted():
+    calls = []
+
+    def product(x, matrix):
+        calls.append(x.reshape(30, -1).shape[1])
+        return matrix @ x
+
+    ops = [
+        sp.linalg.LinearOperator((30, 30), lambda x, m=m: product(x, m), matmat=lambda x, m=m: product(x, m))
+        for m in (spd(30), spd(30, seed=1))
+    ]
+    calls.clear()  # of what SciPy multiplied to learn the dtype
+    p = fo.principal_distortions(ops, restarts=1)
+    assert p.n_matvec == sum(calls) - 2 * len(ops)  # less those of the test for symmetry
+
+
+def test_a_null_space_has_a_floor_put_under_it():
+    image = build("linear m<n")[1]
+    ops = [fo.FisherOperator(build("linear m<n", seed=seed)[0], image) for seed in (0, 1)]
+    p = fo.principal_distortions(ops, restarts=1)
+    assert "floor delta = 0.001" in p.message
+    assert np.isfinite(p.objective)
+    assert p.converged
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_a_null_space_that_nobody_knew_of_is_found_out(dtype):
+    ops = [
+        spd(20).astype(dtype),
+        spectrum_operator(np.r_[np.linspace(1, 0.5, 17), 0, 0, 0], 1)[0].numpy().astype(dtype),
+    ]
+    with pytest.warns(fo.ConvergenceWarning, match="no variance is largest: pass delta=1e-3"):
+        p = fo.principal_distortions(ops, restarts=1, maxiter=40)
+    assert not p.converged
+    assert fo.principal_distortions(ops, restarts=1, delta=1e-3).converged
+
+
+def test_a_model_does_not_differ_from_itself():
+    p = fo.principal_distortions([spd(10), 3 * spd(10)], restarts=0)
+    assert p.objective < 1e-12
+
+
+def test_too_few_steps_give_the_best_distortions_and_a_warning():
+    ops = [spd(60, seed=i, low=1e-3) for i in range(3)]
+    with pytest.warns(fo.ConvergenceWarning, match="raise maxiter"):
+        p = fo.principal_distortions(ops, maxiter=2, tol=1e-8)
+    assert not p.converged
+    assert len(p) == 2
+
+
+# discriminability, thresholds, D
+
+
+def test_discriminability_is_the_norm_of_the_change_of_the_response():
+    for name in ("attention", "linear m<n"):
+        model, image = build(name)
+        F, J = fo.FisherOperator(model, image), dense_jacobian(model, image)
+        d = torch.randn(3, *image.shape[1:], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        expected = (d.flatten(1) @ J.T).norm(dim=1).numpy()
+        np.testing.assert_allclose(fo.discriminability(F, d), expected, rtol=1e-10)
+        np.testing.assert_allclose(fo.discriminability(F, d.numpy()), expected, rtol=1e-10)
+        one = fo.discriminability(F, d[:1])
+        assert isinstance(one, float)
+        np.testing.assert_allclose(one, expected[0], rtol=1e-10)
+        dense = (J.T @ J).numpy()
+        np.testing.assert_allclose(fo.discriminability(dense, d.reshape(3, -1)), expected, rtol=1e-7)
+
+
+@given(st.floats(0.1, 10), st.floats(0.1, 10))
+def test_a_threshold_is_where_discriminability_is_d_prime(d_prime, scale):
+    F = np.diag([4.0, 2.0, 1.0]) * scale
+    r = fo.eigendistortions(F, 3)
+    t = fo.thresholds(r, d_prime=d_prime)
+    np.testing.assert_allclose(fo.discriminability(F, t[:, None] * r.eigendistortions), d_prime)
+
+
+def test_thresholds_are_infinite_in_the_null_space_only():
+    r = fo.eigendistortions(fo.FisherOperator(*build("linear m<n", torch.float32)), 25)
+    assert np.isfinite(fo.thresholds(r)).tolist() == [True] * 10 + [False] * 15
+
+
+def test_a_model_sees_its_own_distortions_furthest_apart():
+    _, _, (A, B) = pair()
+    ops = {"one": A, "two": B}
+    results = {name: fo.eigendistortions(op, 2) for name, op in ops.items()}
+    table = fo.threshold_table(ops, results)
+    assert table.D.shape == (2, 2)
+    for i, (name, result) in enumerate(results.items()):
+        np.testing.assert_allclose(table.D[i, i], np.log(result.eigenvalues[0] / result.eigenvalues[1]) / 2, rtol=1e-4)
+        other = 1 - i
+        assert table.D[i, i] >= table.D[i, other]
+        assert str(table).splitlines()[1 + i].split()[0] == name
+    np.testing.assert_allclose(table.least, np.exp(table.D) * table.most)
+
+
+def test_a_table_is_drawn_on_the_axes_given():
+    A, B = np.diag([4.0, 1.0, 0.0]), np.diag([1.0, 1.0, 9.0])
+    table = fo.threshold_table(
+        {"A": A, "B": B}, {"principal": fo.principal_distortions([B, A], delta=1e-3), "x": np.eye(3)}
+    )
+    figure = matplotlib.figure.Figure()
+    ax = figure.add_subplot()
+    assert table.plot(ax) is ax
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["principal", "x"]
+    assert len(ax.patches) == 4
+    assert np.isposinf(table.D[0, 1])
+    table.plot().figure.clear()
+
+
+REFUSED = {
+    "generalized, sizes": (lambda: fo.generalized_eigendistortions(np.eye(3), np.eye(4)), "F_A and F_B have 3 and 4"),
+    "generalized, images": (
+        lambda: fo.generalized_eigendistortions(
+            fo.FisherOperator(torch.tanh, torch.zeros(3)), fo.FisherOperator(torch.tanh, torch.ones(3))
+        ),
+        "F_A and F_B are taken at different images",
+    ),
+    "generalized, dtype": (
+        lambda: fo.generalized_eigendistortions(torch.eye(3), torch.eye(3).double()),
+        "torch.float32 on cpu and torch.float64 on cpu: convert or move one",
+    ),
+    "generalized, delta": (lambda: fo.generalized_eigendistortions(np.eye(3), np.eye(3), delta=0), "delta is relative"),
+    "generalized, zero": (lambda: fo.generalized_eigendistortions(np.eye(3), np.zeros((3, 3))), "F_B is zero"),
+    "generalized, asymmetric": (
+        lambda: fo.generalized_eigendistortions(np.eye(3), np.tri(3)),
+        "F_B: the operator is not symmetric",
+    ),
+    "principal, one": (lambda: fo.principal_distortions([np.eye(3)]), "two models or more"),
+    "principal, k": (lambda: fo.principal_distortions([np.eye(3)] * 2, 3), "from 2 to the number of models, 2, not 3"),
+    "principal, sizes": (lambda: fo.principal_distortions([np.eye(3), np.eye(4)]), r"ops\[0\] and ops\[1\] have"),
+    "principal, zero": (lambda: fo.principal_distortions([np.eye(3), np.zeros((3, 3))]), r"ops\[1\] is zero"),
+    "principal, restarts": (lambda: fo.principal_distortions([np.eye(3)] * 2, restarts=-1), "restarts must be 0"),
+    "distortion's size": (lambda: fo.discriminability(np.eye(3), np.ones(4)), "do not fit n = 3 pixels"),
+    "distortion's NaN": (lambda: fo.discriminability(np.eye(3), np.full(3, np.nan)), "holds NaN"),
+    "d_prime": (lambda: fo.thresholds(fo.eigendistortions(np.eye(3)), d_prime=0), "d_prime must be positive"),
+    "table, one distortion": (lambda: fo.threshold_table({"A": np.eye(3)}, {"x": np.ones(3)}), "holds one distortion"),
+    "table, empty": (lambda: fo.threshold_table({}, {}), "at least one model"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_makes_no_sense_is_refused_in_one_sentence(case):
+    call, words = REFUSED[case]
+    with pytest.raises(ValueError, match=words) as caught:
+        call()
+    assert "\n" not in str(caught.value)
