@@ -9,17 +9,27 @@ torch.Size([2, 1, 32, 32])
 import importlib
 from types import ModuleType
 
-from fisherop import images, noise
+from fisherop import images, noise, restrict
+from fisherop.compare import (
+    PrincipalDistortions,
+    ThresholdTable,
+    discriminability,
+    generalized_eigendistortions,
+    principal_distortions,
+    threshold_table,
+    thresholds,
+)
 from fisherop.eigen import eigendistortions
 from fisherop.frontend import LG, LGG, LN, OnOff
 from fisherop.models import Layer
 from fisherop.operators import FisherOperator, JacobianOperator
 from fisherop.result import ConvergenceWarning, Eigendistortions
 from fisherop.solvers.nullspace import NullProjection, project_to_null
+from fisherop.sums import mean_fisher, sum_fisher
 
 __version__ = "0.1.0"
 
-_LOADED_WHEN_NAMED = ("plot",)
+_LOADED_WHEN_NAMED = ("plenoptic", "plot")
 
 __all__ = [
     "LG",
@@ -32,11 +42,22 @@ __all__ = [
     "Layer",
     "NullProjection",
     "OnOff",
+    "PrincipalDistortions",
+    "ThresholdTable",
+    "discriminability",
     "eigendistortions",
+    "generalized_eigendistortions",
     "images",
+    "mean_fisher",
     "noise",
+    "plenoptic",
     "plot",
+    "principal_distortions",
     "project_to_null",
+    "restrict",
+    "sum_fisher",
+    "threshold_table",
+    "thresholds",
 ]
 
 

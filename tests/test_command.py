@@ -106,9 +106,10 @@ def test_result_is_the_librarys(capsys):
     written = fo.Eigendistortions.load("out/photo-OnOff.npz")
     F = fo.FisherOperator(models.OnOff(), images.to_grey(images.load("photo.png", 16)))
     expected = fo.eigendistortions(F, k=3, which="LM", rng=5, tol=1e-3)
-    torch.testing.assert_close(written.eigendistortions, expected.eigendistortions, rtol=0, atol=0)
-    assert written.tol == 1e-3
-    assert str(expected) in capsys.readouterr().out
+    # Not to the bit: each operator measures which of its variants are fastest.
+    torch.testing.assert_close(written.eigendistortions, expected.eigendistortions, rtol=0, atol=1e-4)
+    assert (written.tol, written.n_matvec) == (1e-3, expected.n_matvec)
+    assert str(written) in capsys.readouterr().out
 
 
 def test_fitted_models_get_one_channel_and_others_three_unless_told():
@@ -176,7 +177,11 @@ def test_interrupt_keeps_the_best_pairs_so_far(monkeypatch, capsys):
 
 def test_interrupt_before_there_is_anything_writes_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(models, "load", lambda *_, **__: signal.raise_signal(signal.SIGINT))
-    assert run("photo.png --out out") == 130
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
+    try:
+        assert run("photo.png --out out") == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert "nothing written" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -216,11 +221,11 @@ def test_pyplot_and_the_users_backend_are_left_alone():
     mpl.use("svg")
     from matplotlib import pyplot as plt
 
-    before = dict(mpl.rcParams)
+    before, figures = dict(mpl.rcParams), plt.get_fignums()
     try:
         assert run("photo.png --size 16 --model lg") == 0
         assert dict(mpl.rcParams) == before
-        assert plt.get_fignums() == []
+        assert plt.get_fignums() == figures
     finally:
         mpl.use("Agg")
 
