@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.sparse import issparse
-from scipy.sparse.linalg import LinearOperator
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor
 
 from fisherop.linearize import Linearization, Product
@@ -78,7 +78,7 @@ class TensorOperator(LinearOperator):  # type: ignore[misc]
             return self._scaled(x)
         if isinstance(x, Tensor):
             return self._on_tensor(x, adjoint=False)
-        return ProductOperator(self, x) if self._is_like(x) else super().dot(_dense(x))
+        return ProductOperator(self, x) if self._is_like(x) else super().dot(_operator(_dense(x)))
 
     def __rmul__(self, x: Any) -> Any:
         if _is_number(x):
@@ -101,7 +101,7 @@ class TensorOperator(LinearOperator):  # type: ignore[misc]
     def __add__(self, x: Any) -> LinearOperator:
         if _is_array(x):
             _refuse_to_add(self)
-        return SumOperator(self, x) if self._is_like(x) else super().__add__(x)
+        return SumOperator(self, x) if self._is_like(x) else super().__add__(_operator(x))
 
     def __sub__(self, x: Any) -> LinearOperator:
         return self + -x
@@ -578,6 +578,11 @@ def _tuned(kind: type[ModelOperator], tuning: dict[str, Any], *args: Any) -> Mod
 
 def _dense(x: Any) -> Any:
     return x.toarray() if issparse(x) else x
+
+
+def _operator(x: Any) -> Any:
+    """Return another package's operator, as PyLops's, as one of SciPy's; anything else as it is."""
+    return aslinearoperator(x) if hasattr(x, "matvec") else x
 
 
 def _is_number(x: Any) -> bool:
