@@ -49,7 +49,8 @@ def _one_end(op: RowOperator, request: Request, control: Control, count: int, si
     found = np.zeros((0, op.n))
 
     def scaled(x: Vectors) -> Vectors:
-        product = watched(op.tensor(x[None]))[0].double().cpu().numpy()
+        # A copy: x is a view of ARPACK's workspace, and what is watched is kept.
+        product = watched(op.tensor(x[None].copy()))[0].double().cpu().numpy()
         return np.asarray(shift * x + sign * product / lambda_max)
 
     def deflated(x: Vectors) -> Vectors:
