@@ -19,6 +19,7 @@ from scipy.sparse.linalg import (
     aslinearoperator,
     eigsh,
     lobpcg,
+    lsmr,
     minres,
     svds,
 )
@@ -99,6 +100,14 @@ def test_eigsh_with_sigma_solves_by_gmres_what_an_inverse_of_the_callers_solves_
     assert by_gmres.count > 10 * by_minres.count
 
 
+def test_eigsh_starts_anew_in_every_call_and_ours_as_the_seed_says():
+    matrix = Counted(np.linspace(0.1, 1, N)).matrix
+    first, second = (eigsh(matrix, 2)[1] for _ in range(2))
+    assert not np.array_equal(abs(first), abs(second))
+    one, two = (fo.eigendistortions(matrix, 2, "LM", "arpack", rng=0) for _ in range(2))
+    assert torch.equal(torch.as_tensor(one.eigendistortions), torch.as_tensor(two.eigendistortions))
+
+
 ODD = {
     "F = 0": (np.zeros((60, 60)), 2, "LM"),
     "one pair of both ends": (np.diag(np.arange(60.0)), 1, "BE"),
@@ -175,6 +184,13 @@ def test_propack_returns_zeros_at_the_small_end_and_no_backend_of_ours_is_it(cap
 def test_propack_short_of_its_default_steps_discards_all_triplets():
     with pytest.raises(np.linalg.LinAlgError, match="did not converge within kmax=20"):
         svds(block(0, 400, 300), 2, solver="propack", rng=np.random.default_rng(0))
+
+
+def test_lsmr_in_float32_starts_from_a_number_that_float32_does_not_hold():
+    J = fo.JacobianOperator(torch.nn.Linear(6, 4), torch.zeros(6))
+    with pytest.warns(RuntimeWarning, match="overflow encountered in cast"):
+        x = lsmr(J, np.ones(4, np.float32), atol=1e-6, btol=1e-6)[0]
+    np.testing.assert_allclose(J @ x, np.ones(4), atol=1e-4)
 
 
 def test_the_solvers_of_torch_take_no_operator_and_ours_take_tensors():
