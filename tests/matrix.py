@@ -28,7 +28,7 @@ SETS = {
     "middle": ("3.11", ["scipy==1.17.*", "torch==2.13.*"]),
     "newest": ("3.13", ["scipy>=1.18", "numpy", "torch"]),
 }
-TOOLS = ["pytest", "pytest-xdist", "hypothesis", "mypy", "setuptools"]
+TOOLS = ["pytest", "pytest-xdist", "hypothesis", "mypy", "setuptools>=77"]
 PACKAGES = ["python", "scipy", "numpy", "torch", "primme", "pylops", "scikit-learn", "joblib", "cloudpickle"]
 TESTED = "interop faults import types operators linearize recorded eigen lanczos davidson nullspace noise sums"
 TESTS = [f"tests/test_{name}.py" for name in TESTED.split()]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import CheckpointFunction
 
 Product = Callable[[Tensor], Tensor]
 
@@ -26,6 +25,8 @@ def differentiable() -> Iterator[None]:
 
     The fused attention paths have no forward-mode derivative.
     """
+    from torch.utils.checkpoint import CheckpointFunction  # here, for torch 2.6 imports sympy with it
+
     with _SWITCHES, ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
