@@ -39,7 +39,7 @@ from fisherop.linearize.checks import (
     flat_response,
     weights,
 )
-from fisherop.linearize.program import Program, bytes_of, compiled, memory_key
+from fisherop.linearize.program import Program, bound, bytes_of, code, memory_key
 from fisherop.linearize.record import RecordError, record
 
 __all__ = ["Linearization", "Product"]
@@ -210,7 +210,8 @@ class Linearization:
         self, programs: dict[str, Program], probes: dict[str, tuple[Tensor, Tensor]], pinned: dict[str, Any] | None
     ) -> tuple[list[_Block], dict[str, Program]]:
         """Return the programs, checked, in the layout of images in memory and the block size that are fastest."""
-        blocks = [_Block(compiled(program), *probes[name]) for name, program in programs.items()]
+        codes = {name: code(program) for name, program in programs.items()}
+        blocks = [_Block(bound(codes[name], p.constants), *probes[name]) for name, p in programs.items()]
         _replayed(blocks)
         room = BLOCK_BYTES // max(program.peak_bytes() for program in programs.values())
         room = max(1, min(LARGEST_BLOCK, room))
@@ -221,7 +222,7 @@ class Linearization:
         turned = variants.channels_last(programs) if not pinned or pinned.get("layout") == "channels_last" else None
         if turned is None:
             return blocks, programs
-        turned_blocks = [_Block(compiled(program), *probes[name]) for name, program in turned.items()]
+        turned_blocks = [_Block(bound(codes[name], p.constants), *probes[name]) for name, p in turned.items()]
         try:
             single = min(_replayed(turned_blocks) for _ in range(1 if pinned else 2))
         except RuntimeError:  # an operation that speaks of strides

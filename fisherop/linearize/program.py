@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -86,11 +86,21 @@ class Program:
 
 def compiled(program: Program) -> Callable[[Tensor], Tensor]:
     """Return a program as a Python function of its variable."""
-    code = program.graph.python_code(root_module="self")
-    scope: dict[str, Any] = dict(code.globals)
-    exec(code.src, scope)
-    forward, constants = scope["forward"], SimpleNamespace(**program.constants)
-    return lambda variable: forward(constants, variable)
+    return bound(code(program), program.constants)
+
+
+def code(program: Program) -> Callable[[Any, Tensor], Tensor]:
+    """Return a program as a Python function of the holder of its constants, and its variable."""
+    source = program.graph.python_code(root_module="self")
+    scope: dict[str, Any] = dict(source.globals)
+    exec(source.src, scope)
+    return cast("Callable[[Any, Tensor], Tensor]", scope["forward"])
+
+
+def bound(function: Callable[[Any, Tensor], Tensor], constants: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a program's code with constants to read, which may have another layout than those it was written for."""
+    holder = SimpleNamespace(**constants)
+    return lambda variable: function(holder, variable)
 
 
 def bytes_of(tensor: Tensor) -> int:

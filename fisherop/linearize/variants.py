@@ -19,6 +19,9 @@ from torch import Tensor
 from fisherop.linearize.program import Program, aten, shape_of
 
 SPECTRUM_BYTES = 1 << 26
+SPECTRUM_TAPS = 49
+"""Kernels with fewer taps, 1 by 7 say, never gain from a Fourier transform, and making theirs takes long."""
+
 REPEATS = 3
 
 _MATRIX_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
@@ -138,7 +141,7 @@ def _variants(
     if bias is not None or kernel.ndim != 4 or any(d != 1 for d in dilation) or len(set(stride)) != 1:
         return
     size, s = tuple(kernel.shape[2:]), stride[0]
-    if s == 1 and max(size) >= 7 and _spectrum_bytes(source, kernel, padding) <= SPECTRUM_BYTES:
+    if s == 1 and math.prod(size) >= SPECTRUM_TAPS and _spectrum_bytes(source, kernel, padding) <= SPECTRUM_BYTES:
         make = _transposed_by_fft if transposed else _by_fft
         yield "fft", lambda: make(source, result, kernel, padding, groups)
     if transposed and s == 1 and (max(size) >= 5 or groups > 1):
