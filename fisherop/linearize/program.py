@@ -68,8 +68,8 @@ class Program:
 
     def insert(self, before: fx.Node, func: Any, *args: Any) -> fx.Node:
         """Add an operation before a node; tensors among its arguments become constants."""
+        call = tuple(self.attribute(before, arg) if isinstance(arg, Tensor) else arg for arg in args)
         with self.graph.inserting_before(before):
-            call = tuple(self._added(arg) if isinstance(arg, Tensor) else arg for arg in args)
             node = self.graph.call_function(func, call)
         node.meta.update(before.meta)
         return node
@@ -78,10 +78,12 @@ class Program:
         """Let every reader of a node read another."""
         node.replace_all_uses_with(by)
 
-    def _added(self, tensor: Tensor) -> fx.Node:
+    def attribute(self, before: fx.Node, tensor: Tensor) -> fx.Node:
+        """Add a constant before a node."""
         name = f"folded_{len(self.constants)}"
         self.constants[name] = tensor
-        return self.graph.get_attr(name)
+        with self.graph.inserting_before(before):
+            return self.graph.get_attr(name)
 
 
 def compiled(program: Program) -> Callable[[Tensor], Tensor]:
@@ -135,6 +137,12 @@ def _drop_if_unchanged(program: Program, node: Any) -> None:
         elif node.target in (aten.view.default, aten._unsafe_view.default):
             # What was contiguous when recorded may not be once a copy before it is dropped.
             node.target = aten.reshape.default
+
+
+def _zeros(program: Program, node: Any) -> None:
+    """Take zeros for a constant, of one number in memory."""
+    zero = torch.zeros((), dtype=node.meta["dtype"], device=node.meta["device"])
+    program.replace(node, program.attribute(node, zero.expand(shape_of(node))))
 
 
 def _add(program: Program, node: Any) -> None:
@@ -289,6 +297,9 @@ _RULES: dict[Any, Callable[[Program, Any], None]] = {
     aten.clone.default: _drop_if_unchanged,
     aten.contiguous.default: _drop_if_unchanged,
     aten.reshape.default: _drop_if_unchanged,
+    aten.new_zeros.default: _zeros,
+    aten.zeros_like.default: _zeros,
+    aten._new_zeros_with_same_feature_meta.default: _zeros,
     aten.add.Tensor: _add,
     aten.mul.Tensor: _mul,
     aten.mul.Scalar: _mul,

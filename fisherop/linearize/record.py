@@ -374,6 +374,7 @@ def describe(node: fx.Node, tensor: Tensor) -> fx.Node:
     """Note on a node what its value looks like."""
     node.meta.setdefault("shape", tuple(tensor.shape))
     node.meta.setdefault("dtype", tensor.dtype)
+    node.meta.setdefault("device", tensor.device)
     return node
 
 

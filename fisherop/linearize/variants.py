@@ -89,6 +89,8 @@ def channels_last(programs: dict[str, Program]) -> dict[str, Program] | None:
     def turn(constant: Tensor) -> Tensor:
         if constant.layout is not torch.strided or constant.ndim != 4 or constant.is_complex():
             return constant
+        if 0 in constant.stride():  # one number, say, in the place of many
+            return constant
         key = constant.data_ptr(), constant.shape, constant.stride(), constant.dtype
         if key not in turned:
             turned[key] = constant.contiguous(memory_format=torch.channels_last)
