@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop import certificate, metric
+from fisherop.linearize import exact_arithmetic
 from fisherop.result import ConvergenceWarning, Eigendistortions
 from fisherop.rows import RowOperator
 from fisherop.solvers import BACKENDS, Backend, Control, Progress, Request, exact, lanczos, lobpcg
@@ -118,25 +119,26 @@ def eigendistortions(
     (np.True_, 1)
     """
     operator = RowOperator(op)
-    _known(method, ("auto", *BACKENDS), "method")
+    known(method, ("auto", *BACKENDS), "method")
     if M is not None:
         operator = metric.generalized(operator, M, dense=_small(operator, method, k))
-    request = _checked_request(operator, k, which, tol, v0, rng)
-    name, reason = _choose(operator, request) if method == "auto" else (method, "")
+    request = checked_request(operator, k, which, tol, v0, rng)
+    name, reason = choose(operator, request) if method == "auto" else (method, "")
     backend = BACKENDS[name]
     _check_metric(operator, name, backend, certify)
     if request.smallest and not backend.smallest:
         raise ValueError(f"method {name!r} finds the largest pairs only: use which='LM', or another method")
     if maxiter is not None and maxiter < 1:
         raise ValueError(f"maxiter must be at least 1, not {maxiter}")
-    _known(certify, ("residuals", "probe"), "certify")
+    known(certify, ("residuals", "probe"), "certify")
     control = Control(operator, maxiter or backend.maxiter, callback)
-    found = backend.solve(operator, request, control)
-    result = certificate.certify(operator, request, found, name, reason, probe=certify == "probe")
+    with exact_arithmetic():  # of the solver itself, not of the products alone
+        found = backend.solve(operator, request, control)
+        result = certificate.certify(operator, request, found, name, reason, probe=certify == "probe")
     if result.lambda_max == 0:
         warnings.warn("F = 0: every direction is a null direction, and these are arbitrary ones", stacklevel=2)
     elif not result.converged.all() or found.doubt:
-        warnings.warn(_advice(result, control, name, found.doubt), ConvergenceWarning, stacklevel=2)
+        warnings.warn(advice(result, control, name, found.doubt), ConvergenceWarning, stacklevel=2)
     return result
 
 
@@ -159,7 +161,7 @@ def _check_metric(op: RowOperator, name: str, backend: Backend, certify: str) ->
         raise ValueError("certify='probe' needs the entries of M: pass M as a matrix, or certify='residuals'")
 
 
-def _choose(op: RowOperator, request: Request) -> tuple[str, str]:
+def choose(op: RowOperator, request: Request) -> tuple[str, str]:
     """Return the method that `auto` takes, and why."""
     if op.metric is not None:
         return "davidson", "chosen because M is known by its products only"
@@ -167,18 +169,19 @@ def _choose(op: RowOperator, request: Request) -> tuple[str, str]:
     if (order <= DENSE_ORDER or order <= 20 * request.k) and exact.n_bytes(op) <= DENSE_BYTES:
         return "exact", f"chosen for its dense problem of order {order}"
     known_null = op.n - op.m if op.m else 0
-    room = lanczos.BASIS_BYTES // (op.n * op.dtype.itemsize)
+    room = lanczos.rows_in_memory(op)
     if known_null >= request.smallest > 0 and room < SHORT_BASIS:
         return "nullspace", f"chosen for a null space of dimension {known_null} and room for {room} vectors only"
     return "lanczos", f"chosen because a dense problem of order {order} would cost more"
 
 
-def _checked_request(op: RowOperator, k: int, which: str, tol: float | None, v0: Any, rng: Any) -> Request:
+def checked_request(op: RowOperator, k: int, which: str, tol: float | None, v0: Any, rng: Any) -> Request:
+    """Return what the arguments ask for; refuse those that make no sense."""
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
         raise TypeError(f"k must be a whole number, not {k!r}")
     if not 1 <= k <= op.n:
         raise ValueError(f"k must lie between 1 and n = {op.n}, not {k}")
-    which = _known(which, WHICH, "which")
+    which = known(which, WHICH, "which")
     smallest = {"L": 0, "S": int(k), "B": int(k) // 2}[which[0]]
     if tol is None:
         tol = max(1e-6, 100 * torch.finfo(op.dtype).eps)
@@ -199,7 +202,8 @@ def _start_rows(op: RowOperator, v0: Any) -> Tensor:
     return rows
 
 
-def _known(name: Any, names: tuple[str, ...], what: str) -> str:
+def known(name: Any, names: tuple[str, ...], what: str) -> str:
+    """Return a name that is one of those known; refuse any other, with a guess of what was meant."""
     if name in names:
         return str(name)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
@@ -207,7 +211,8 @@ def _known(name: Any, names: tuple[str, ...], what: str) -> str:
     raise ValueError(f"{what} must be one of {', '.join(names)}, not {name!r}{hint}")
 
 
-def _advice(result: Eigendistortions, control: Control, method: str, doubt: str) -> str:
+def advice(result: Eigendistortions, control: Control, method: str, doubt: str) -> str:
+    """Return why a result is not all that was asked for, and what to change."""
     if result.converged.all():
         return f"all {len(result)} pairs are eigenpairs, but {method!r} was {doubt}: raise maxiter"
     worst = result.residuals.max()

@@ -45,10 +45,13 @@ class RowOperator:
         The M of a generalized problem F v = lambda M v that only its products are known of; see `fisherop.metric`.
     problem : str
         What else than F v = lambda v is being solved, in words.
+    sharers : int
+        How many operators are being solved side by side, and share memory.
     """
 
     metric: Metric | None = None
     problem = ""
+    sharers = 1
 
     def __init__(self, op: Any) -> None:
         self.source = op
@@ -79,18 +82,22 @@ class RowOperator:
 
     def rows(self, block: Tensor) -> Tensor:
         """Multiply every row by F."""
-        self._half_products += 2 * len(block)
+        self.count("rows", len(block))
         return _finite(self._product(block))
 
     def factor(self, block: Tensor) -> Tensor:
         """Multiply every row of (b, n) by L."""
-        self._half_products += len(block)
+        self.count("factor", len(block))
         return _finite(self.source.factor_rows(block))
 
     def factor_adjoint(self, block: Tensor) -> Tensor:
         """Multiply every row of (b, m) by the transpose of L."""
-        self._half_products += len(block)
+        self.count("factor_adjoint", len(block))
         return _finite(self.source.factor_adjoint_rows(block))
+
+    def count(self, kind: str, vectors: int) -> None:
+        """Count products with F ("rows") or its factor, also those that were made elsewhere."""
+        self._half_products += 2 * vectors if kind == "rows" else vectors
 
     def random_rows(self, count: int, rng: np.random.Generator) -> Tensor:
         """Draw Gaussian rows, the same on every device."""

@@ -42,7 +42,7 @@ from fisherop.linearize.checks import (
 from fisherop.linearize.program import Program, bytes_of, compiled, memory_key
 from fisherop.linearize.record import RecordError, record
 
-__all__ = ["Linearization", "Product"]
+__all__ = ["Linearization", "Product", "exact_arithmetic"]
 
 BLOCK_BYTES = 1 << 29
 """Memory that the intermediate values of one block of vectors may take."""

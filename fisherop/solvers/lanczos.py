@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fisherop.rows import RowOperator
-from fisherop.solvers.contract import Control, Found, Request, gram, null_dimension
+from fisherop.solvers.contract import Control, Found, Request, Steps, gram, null_dimension, run
 
 BASIS_BYTES = 1 << 30
 BASIS_ROWS = 1500
@@ -49,9 +49,16 @@ def solve(
     op: RowOperator, request: Request, control: Control, *, block: int | None = None, basis: int | None = None
 ) -> Found:
     """Find the pairs wanted at both ends in one space, with `block` rows a step and `basis` rows in memory."""
+    return run(op, steps(op, request, control, block=block, basis=basis))
+
+
+def steps(
+    op: RowOperator, request: Request, control: Control, *, block: int | None = None, basis: int | None = None
+) -> Steps[Found]:
+    """Do what `solve` does, asking for every product."""
     width = min(op.n, block or max(1, request.smallest))
     given = 0 if request.v0 is None else len(request.v0)
-    room = basis or min(BASIS_ROWS, BASIS_BYTES // (op.n * op.dtype.itemsize))
+    room = basis or min(BASIS_ROWS, rows_in_memory(op))
     space = SearchSpace(op, max(room, 3 * (request.k + width + given)))
     space.inject(request.start(op, min(op.n, width + given)))
     # Rows that the caller gave are not random: they may lack any eigenvector.
@@ -61,20 +68,29 @@ def solve(
         if space.full(directions.shape[1]):
             space.restart(pairs.kept(space))
             continue
-        space.expand(directions)
+        yield from space.expand(directions)
         pairs.follow(space)
         if control.step(pairs.residuals) or pairs.converged:
             break
     pairs.update(space)
     found = Found(pairs.vectors(space), pairs.lambda_max, null_dimension(op, pairs.values, pairs.lambda_max))
-    if not pairs.converged or space.done == op.n or nothing_missed(space, pairs, room, control):
+    if not pairs.converged or space.done == op.n or (yield from nothing_missed(space, pairs, room, control)):
         return found
     if control.stopped or control.iteration >= control.maxiter:
         return replace(found, doubt="stopped before it was certain that no copy of a multiple eigenvalue was missed")
-    return solve(op, replace(request, v0=None), control, block=max(request.largest, width), basis=basis)
+    return (yield from steps(op, replace(request, v0=None), control, block=max(request.largest, width), basis=basis))
 
 
-def nothing_missed(space: SearchSpace, pairs: Pairs, room: int, control: Control) -> bool:
+def rows_in_memory(op: RowOperator) -> int:
+    """Return how many rows a search space may hold: on a CUDA device, half of what is free there."""
+    allowed = BASIS_BYTES
+    if op.device.type == "cuda":
+        unused = torch.cuda.memory_reserved(op.device) - torch.cuda.memory_allocated(op.device)
+        allowed = (torch.cuda.mem_get_info(op.device)[0] + unused) // 2
+    return int(allowed // op.sharers // (op.n * op.dtype.itemsize))
+
+
+def nothing_missed(space: SearchSpace, pairs: Pairs, room: int, control: Control) -> Steps[bool]:
     """Search what is orthogonal to all that is known, by Lanczos from a random row, for pairs that were missed.
 
     The polynomial of a Lanczos run cannot be large at an eigenvalue, unless the start row all but lacks its vector.
@@ -90,7 +106,7 @@ def nothing_missed(space: SearchSpace, pairs: Pairs, room: int, control: Control
     enough = math.log(math.sqrt(2 * space.op.n / math.pi) / MISSED)
     stop, judged = False, 0
     while rest.pending and doubts and not rest.full(1) and not stop:
-        rest.expand(_eye(1))
+        yield from rest.expand(_eye(1))
         stop = control.step(pairs.residuals)
         steps = rest.done - len(known)
         if steps < CONFIRMED_EVERY * judged and not stop:
@@ -154,11 +170,11 @@ class SearchSpace:
         self.rows[: len(rows)] = rows
         self.done = self.size = self.near = len(rows)
 
-    def expand(self, directions: Matrix) -> None:
+    def expand(self, directions: Matrix) -> Steps[None]:
         """Multiply combinations of the pending rows by F."""
         self._turn(directions)
         first, last = self.done, self.done + directions.shape[1]
-        products = self.op.rows(self.rows[first:last])
+        products = yield "rows", self.rows[first:last]
         self.scale = max(self.scale, float(products.norm(dim=1).max()))
         # A Krylov product lies in the rows of the last step, those of this one and the pending ones.
         floor = 2 * torch.finfo(self.op.dtype).eps * self.scale
