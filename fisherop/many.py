@@ -12,6 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from fisherop import certificate
 from fisherop.eigen import advice, checked_request, choose, known
 from fisherop.linearize import Linearization, exact_arithmetic
-from fisherop.linearize.autodiff import Footprint, differentiable
+from fisherop.linearize.autodiff import bytes_written, differentiable
 from fisherop.linearize.checks import buffers_kept, checked_image, close, flat_response
 from fisherop.noise import Gaussian, Noise
 from fisherop.operators import InformationOperator
@@ -266,10 +267,8 @@ class FisherBatch:
         # Gaussian noise does not depend on the response: one precision is that of every image.
         self.precisions = [noise.at(response) for response in responses[: 1 if isinstance(noise, Gaussian) else None]]
         self.factor_size: int | None = None
-        try:
+        with suppress(NotImplementedError):
             self.factor_size = self.precisions[0].root(torch.zeros_like(responses[:1])).shape[1]
-        except NotImplementedError:
-            pass
         self.members = [Member(self, i) for i in range(self.count)]
 
     def multiply(self, kind: str, asked: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -443,11 +442,10 @@ def _stacked(images: Tensor | Sequence[Tensor]) -> Tensor:
 def _batch_size(model: Callable[[Tensor], Any], images: Tensor) -> int:
     """Return how many images to take at once: what memory has room for, as long as the model takes them no slower."""
     with differentiable(), torch.no_grad():
-        with Footprint() as footprint:
-            _respond(model, images[:1])
+        held = HELD_PASSES * bytes_written(lambda: _respond(model, images[:1]))
         memory = torch.cuda.mem_get_info(images.device)[0] // 3 if images.is_cuda else MEMORY
         row = images[0].numel() * images.element_size()
-        most = min(len(images), memory // max(HELD_PASSES * footprint.n_bytes, ROWS_EACH * row))
+        most = min(len(images), memory // max(held, ROWS_EACH * row))
         sizes = [1 << i for i in range(most.bit_length()) if 1 << i < most] + [most]
         chosen, best = 1, math.inf
         for size in sizes if most > 1 else ():

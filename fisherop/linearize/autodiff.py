@@ -138,8 +138,15 @@ def random_like(*tensors: Tensor) -> list[Tensor]:
     return [torch.randn(t.shape, generator=source, dtype=t.dtype, device="cpu").to(t.device) for t in tensors]
 
 
-class Footprint(TorchDispatchMode):
-    """Count the bytes that operations write while the mode is active."""
+def bytes_written(call: Callable[[], object]) -> int:
+    """Return how many bytes the operations of a call write."""
+    with _Footprint() as footprint:
+        call()
+    return footprint.n_bytes
+
+
+class _Footprint(TorchDispatchMode):
+    """Count the bytes that operations write."""
 
     n_bytes = 0
 
