@@ -23,7 +23,7 @@ from fisherop import certificate, metric
 from fisherop.linearize import exact_arithmetic
 from fisherop.result import ConvergenceWarning, Eigendistortions
 from fisherop.rows import RowOperator
-from fisherop.solvers import BACKENDS, Backend, Control, Progress, Request, exact, lanczos, lobpcg
+from fisherop.solvers import BACKENDS, ON_CUDA, Backend, Control, Progress, Request, exact, lanczos, lobpcg
 
 WHICH = ("LM", "LA", "SM", "SA", "BE")
 DENSE_ORDER = 512
@@ -51,7 +51,7 @@ def eigendistortions(
     Parameters
     ----------
     op : FisherOperator, LinearOperator, sparse or dense matrix
-        Any n x n real symmetric positive semidefinite operator.
+        Any n x n real symmetric positive semidefinite operator, of CuPy's too.
     k : int, optional
         Pairs in all, 1 to n.
     which : {"BE", "LM", "LA", "SM", "SA"}, optional
@@ -60,8 +60,9 @@ def eigendistortions(
     method : str, optional
         "exact" (dense, of the short side's size), "lanczos" (block Lanczos for both ends), "nullspace" (projection,
         for the small end of a matrix with a null space), "arpack", "lobpcg", "primme" (where installed), "power",
-        "randomized_svd" (largest only), "davidson" (for an M known by its products), or "auto": exact where that is
-        small, else lanczos, or nullspace where memory is short; `message` says which and why.
+        "randomized_svd" (largest only), "davidson" (for an M known by its products), "cupyx" (CuPy's Lanczos, on CUDA
+        devices), or "auto": exact where that is small, else lanczos, or nullspace where memory is short; `message`
+        says which and why.
     tol : float, optional
         A pair is converged when ``||F v - lambda v|| <= tol * lambda_max``, for every method. By default
         ``max(1e-6, 100 * eps)`` of the operator's dtype.
@@ -92,8 +93,8 @@ def eigendistortions(
     Returns
     -------
     Eigendistortions
-        Pairs in order of descending eigenvalue, with residuals from fresh products. Tensors for a Fisher operator
-        or a tensor, NumPy arrays for anything else.
+        Pairs in order of descending eigenvalue, with residuals from fresh products. Tensors for a Fisher operator,
+        a tensor or anything of CuPy's, NumPy arrays for anything else.
 
     Raises
     ------
@@ -119,12 +120,13 @@ def eigendistortions(
     (np.True_, 1)
     """
     operator = RowOperator(op)
-    known(method, ("auto", *BACKENDS), "method")
+    backends = BACKENDS | ON_CUDA
+    known(method, ("auto", *backends), "method")
     if M is not None:
         operator = metric.generalized(operator, M, dense=_small(operator, method, k))
     request = checked_request(operator, k, which, tol, v0, rng)
     name, reason = choose(operator, request) if method == "auto" else (method, "")
-    backend = BACKENDS[name]
+    backend = backends[name]
     _check_metric(operator, name, backend, certify)
     if request.smallest and not backend.smallest:
         raise ValueError(f"method {name!r} finds the largest pairs only: use which='LM', or another method")

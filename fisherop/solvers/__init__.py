@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fisherop.rows import RowOperator
-from fisherop.solvers import arpack, davidson, exact, lanczos, lobpcg, nullspace, power, primme, randomized_svd
+from fisherop.solvers import arpack, cupyx, davidson, exact, lanczos, lobpcg, nullspace, power, primme, randomized_svd
 from fisherop.solvers.contract import Control, Found, Progress, Request, Steps
 
-__all__ = ["BACKENDS", "Backend", "Control", "Found", "Progress", "Request", "Steps"]
+__all__ = ["BACKENDS", "ON_CUDA", "Backend", "Control", "Found", "Progress", "Request", "Steps"]
 
 
 @dataclass(frozen=True)
@@ -38,3 +38,6 @@ BACKENDS = {
     "power": Backend(power.solve, maxiter=1000),
     "randomized_svd": Backend(randomized_svd.solve, maxiter=100, smallest=False),
 }
+
+ON_CUDA = {"cupyx": Backend(cupyx.solve, maxiter=5000)}
+"""Backends that serve operators on CUDA devices only."""
