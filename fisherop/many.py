@@ -13,7 +13,8 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +31,9 @@ from fisherop.operators import InformationOperator
 from fisherop.restrict import subspace
 from fisherop.result import ConvergenceWarning, Eigendistortions
 from fisherop.rows import RowOperator
-from fisherop.solvers import BACKENDS, Backend, Control, Progress, Request, Steps
+from fisherop.solvers import BACKENDS, Control, Progress, Request, Steps
+
+Answer = TypeVar("Answer")
 
 MEMORY = 1 << 30
 """Bytes on the host that a batch may take for its products, and again for its search spaces."""
@@ -118,29 +121,14 @@ def eigendistortions_many(
     stacked = _stacked(images)
     count = len(stacked)
     checked_image(model, stacked[:1])
-    able = tuple(name for name, backend in BACKENDS.items() if backend.steps)
-    if method in BACKENDS and method not in able:
-        raise ValueError(f"method {method!r} takes one image at a time: use 'auto', {', '.join(map(repr, able))}")
-    known(method, ("auto", *able), "method")
-    known(certify, ("residuals", "probe"), "certify")
-    if maxiter is not None and maxiter < 1:
-        raise ValueError(f"maxiter must be at least 1, not {maxiter}")
-    if batch is not None and batch < 1:
-        raise ValueError(f"batch must be at least 1, not {batch}")
-    if v0 is not None and len(v0) != count:
-        raise ValueError(f"v0 holds starts for {len(v0)} images, and there are {count}: give one for each")
-    try:
-        streams = np.random.default_rng(rng).spawn(count)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"rng must be a whole number or a numpy.random.Generator, not {rng!r}") from error
+    _check_arguments(method, maxiter, certify, batch, v0, count)
+    streams = _streams(rng, count)
     with buffers_kept(model):
         size = min(count, batch or _batch_size(model, stacked))
-
-    results: list[Eigendistortions] = []
-    complaints: dict[int, str] = {}
+    answers: list[tuple[Eigendistortions, str]] = []
     tuning: dict[str, Any] | None = None
-    while len(results) < count:
-        places = range(len(results), min(len(results) + size, count))
+    while len(answers) < count:
+        places = range(len(answers), min(len(answers) + size, count))
         try:
             together = FisherBatch(model, stacked[places.start : places.stop], noise, within, tuning)
         except torch.OutOfMemoryError:
@@ -149,79 +137,63 @@ def eigendistortions_many(
             size, tuning = -(-size // 2), None
             continue
         tuning = together.linearization.tuning
-        ops = [RowOperator(member) for member in together.members]
-        for op in ops:
-            op.sharers = len(ops)
-        requests = [
-            checked_request(op, k, which, tol, None if v0 is None else v0[i], streams[i])
-            for i, op in zip(places, ops, strict=True)
-        ]
-        name, reason = choose(ops[0], requests[0]) if method == "auto" else (method, "")
-        name, reason = (name, reason) if name in able else ("lanczos", "chosen because images share its products")
-        backend = BACKENDS[name]
-        runs = [
-            _Run(i, op, request, backend, name, reason, certify == "probe", maxiter or backend.maxiter, callback)
-            for i, op, request in zip(places, ops, requests, strict=True)
-        ]
+        steps = []
+        for i, op in zip(places, together.ops, strict=True):
+            request = checked_request(op, k, which, tol, None if v0 is None else v0[i], streams[i])
+            report = None if callback is None else partial(callback, i)
+            steps.append(_solved(op, request, method, maxiter, report, certify == "probe"))
         with exact_arithmetic():
-            results += _side_by_side(together, runs)
-        complaints |= {run.place: run.complaint for run in runs if run.complaint}
+            answers += _side_by_side(together, steps)
+    complaints = {i: complaint for i, (_, complaint) in enumerate(answers) if complaint}
     if complaints:
         first, *others = complaints
         more = f", and {len(others)} more of {count} images have not all their pairs" if others else ""
         warnings.warn(f"image {first}: {complaints[first]}{more}", ConvergenceWarning, stacklevel=2)
-    return results
+    return [result for result, _ in answers]
 
 
-class _Run:
-    """The solver of one image and its proof, which ask for products as they go."""
-
-    def __init__(
-        self,
-        place: int,
-        op: RowOperator,
-        request: Request,
-        backend: Backend,
-        name: str,
-        reason: str,
-        probe: bool,
-        maxiter: int,
-        callback: Callable[[int, Progress], object] | None,
-    ) -> None:
-        self.place, self.op = place, op
-        report = None if callback is None else lambda progress: callback(place, progress)
-        self.control = Control(op, maxiter, report)
-        self.complaint = ""
-        self.steps = self._solved(request, backend, name, reason, probe)
-
-    def _solved(
-        self, request: Request, backend: Backend, name: str, reason: str, probe: bool
-    ) -> Steps[Eigendistortions]:
-        assert backend.steps is not None
-        found = yield from backend.steps(self.op, request, self.control)
-        result = yield from certificate.certify_steps(self.op, request, found, name, reason, probe=probe)
-        if result.lambda_max == 0:
-            self.complaint = "F = 0: every direction is a null direction, and these are arbitrary ones"
-        elif not result.converged.all() or found.doubt:
-            self.complaint = advice(result, self.control, name, found.doubt)
-        return result
+ABLE = tuple(name for name, backend in BACKENDS.items() if backend.steps)
+"""Methods that ask for their products, and so can share them."""
 
 
-def _side_by_side(together: FisherBatch, runs: list[_Run]) -> list[Eigendistortions]:
+def _solved(
+    op: RowOperator,
+    request: Request,
+    method: str,
+    maxiter: int | None,
+    report: Callable[[Progress], object] | None,
+    probe: bool,
+) -> Steps[tuple[Eigendistortions, str]]:
+    """Solve for one image; return its certified result, and what the user should know if that is not all asked for."""
+    name, reason = choose(op, request) if method == "auto" else (method, "")
+    if name not in ABLE:
+        name, reason = "lanczos", "chosen because images share its products"
+    backend = BACKENDS[name]
+    assert backend.steps is not None
+    control = Control(op, maxiter or backend.maxiter, report)
+    found = yield from backend.steps(op, request, control)
+    result = yield from certificate.certify_steps(op, request, found, name, reason, probe=probe)
+    if result.lambda_max == 0:
+        return result, "F = 0: every direction is a null direction, and these are arbitrary ones"
+    wanting = not result.converged.all() or found.doubt
+    return result, advice(result, control, name, found.doubt) if wanting else ""
+
+
+def _side_by_side(together: FisherBatch, steps: Sequence[Steps[Answer]]) -> list[Answer]:
     """Advance all solvers by one product at a time, made for all of them at once, until the last has its answer.
 
     Whoever is done with its search waits until all are, so that the proofs share their products too.
     """
-    results: dict[int, Eigendistortions] = {}
+    answers: dict[int, Answer] = {}
     asked: dict[int, tuple[str, Tensor]] = {}
 
     def advance(i: int, products: Tensor | None) -> None:
         try:
-            asked[i] = next(runs[i].steps) if products is None else runs[i].steps.send(products)
+            asked[i] = next(steps[i]) if products is None else steps[i].send(products)
         except StopIteration as end:
-            results[i] = end.value
+            answers[i] = end.value
 
-    for i in range(len(runs)):
+    for i in range(len(steps)):
         advance(i, None)
     while asked:
         kinds = {kind for kind, _ in asked.values()}
@@ -229,9 +201,9 @@ def _side_by_side(together: FisherBatch, runs: list[_Run]) -> list[Eigendistorti
         served = [i for i in asked if asked[i][0] == kind]
         products = together.multiply(kind, {i: asked.pop(i)[1] for i in served})
         for i in served:
-            runs[i].op.count(kind, len(products[i]))
+            together.ops[i].count(kind, len(products[i]))
             advance(i, products[i])
-    return [results[i] for i in range(len(runs))]
+    return [answers[i] for i in range(len(steps))]
 
 
 class FisherBatch:
@@ -244,8 +216,8 @@ class FisherBatch:
     ----------
     linearization : Linearization
         Of the model at the batch: ``(B * m, B * n)``.
-    members : list of Member
-        The operators of the images.
+    ops : list of RowOperator
+        The matrices of the images, as solvers see them.
     """
 
     def __init__(
@@ -269,7 +241,9 @@ class FisherBatch:
         self.factor_size: int | None = None
         with suppress(NotImplementedError):
             self.factor_size = self.precisions[0].root(torch.zeros_like(responses[:1])).shape[1]
-        self.members = [Member(self, i) for i in range(self.count)]
+        self.ops = [RowOperator(_Member(self, i)) for i in range(self.count)]
+        for op in self.ops:
+            op.sharers = self.count
 
     def multiply(self, kind: str, asked: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Multiply the rows that images ask for by F ("rows"), its factor or the factor's transpose ("factor_adjoint").
@@ -320,7 +294,7 @@ class FisherBatch:
             raise ValueError(_MIXED)
 
 
-class Member(InformationOperator):
+class _Member(InformationOperator):
     """The Fisher matrix of one image of a batch. Its products cost as much as those of the whole batch."""
 
     def __init__(self, together: FisherBatch, place: int) -> None:
@@ -415,6 +389,28 @@ def _respond(model: Callable[[Tensor], Any], images: Tensor) -> Tensor:
             "by one with eigendistortions"
         ) from error
     return _rows_of(output, len(images))
+
+
+def _check_arguments(
+    method: str, maxiter: int | None, certify: str, batch: int | None, v0: Sequence[Any] | None, count: int
+) -> None:
+    if method in BACKENDS and method not in ABLE:
+        raise ValueError(f"method {method!r} takes one image at a time: use 'auto', {', '.join(map(repr, ABLE))}")
+    known(method, ("auto", *ABLE), "method")
+    known(certify, ("residuals", "probe"), "certify")
+    for name, number in (("maxiter", maxiter), ("batch", batch)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, not {number}")
+    if v0 is not None and len(v0) != count:
+        raise ValueError(f"v0 holds starts for {len(v0)} images, and there are {count}: give one for each")
+
+
+def _streams(rng: Any, count: int) -> list[np.random.Generator]:
+    """Return a source of random numbers for every image, the same whatever the batches are."""
+    try:
+        return np.random.default_rng(rng).spawn(count)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"rng must be a whole number or a numpy.random.Generator, not {rng!r}") from error
 
 
 def _stacked(images: Tensor | Sequence[Tensor]) -> Tensor:

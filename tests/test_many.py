@@ -169,7 +169,8 @@ def test_the_proof_is_the_one_of_single_calls(certify):
     model, images = problem()
     results = fo.eigendistortions_many(model, images, 2, method="lanczos", rng=0, certify=certify)
     for one, other in zip(results, alone(model, images, 2, method="lanczos", certify=certify), strict=True):
-        assert one.message == other.message
+        assert one.message.partition(" in ")[0] == other.message.partition(" in ")[0]
+        assert one.message.partition(";")[2] == other.message.partition(";")[2]
         assert one.nullity == other.nullity
         np.testing.assert_allclose(one.eigenvalue_bounds, other.eigenvalue_bounds, atol=1e-6 * other.lambda_max)
 
@@ -192,7 +193,8 @@ def test_products_are_as_many_as_the_slowest_image_needs(passes):
     results = fo.eigendistortions_many(model, images, 1, "LM", "lanczos", rng=0, batch=6)
     products, longest = passes["products"], max(result.n_matvec for result in results)
     assert longest <= products <= longest + 1  # half a product of the construction's check is an image's, rounded up
-    assert [r.n_matvec for r in results] == [r.n_matvec for r in alone(model, images, 1, "LM", "lanczos")]
+    for result, other in zip(results, alone(model, images, 1, "LM", "lanczos"), strict=True):
+        assert other.n_matvec <= result.n_matvec <= 1.05 * other.n_matvec + 2  # shared products are judged less often
     assert products < sum(result.n_matvec for result in results) / 4
 
 

@@ -39,6 +39,7 @@ COLUMNS = 1 << 14
 EXACT_EVERY = 1.1  # rows, relative to those at the last exact eigenproblem, at which to solve it again
 CONFIRMED_EVERY = 1.015  # the same where the pairs seem to have converged
 ESTIMATED_FROM = 30  # Ritz vectors at each end that pairs are estimated from between
+SHARED_EVERY = 1.04  # the same for all judgements where products are shared, and cost less than a judgement
 TINY = torch.finfo(torch.float64).tiny
 
 Matrix = Tensor
@@ -175,10 +176,12 @@ class SearchSpace:
         self._turn(directions)
         first, last = self.done, self.done + directions.shape[1]
         products = yield "rows", self.rows[first:last]
-        self.scale = max(self.scale, float(products.norm(dim=1).max()))
         # A Krylov product lies in the rows of the last step, those of this one and the pending ones.
-        floor = 2 * torch.finfo(self.op.dtype).eps * self.scale
-        inside, fresh, outside = self._split(products, self.near, floor)
+        if len(products) == 1:
+            inside, fresh, outside = self._split_row(products, self.near)
+        else:
+            self.scale = max(self.scale, float(products.norm(dim=1).max()))
+            inside, fresh, outside = self._split(products, self.near, self._floor())
         self.h[: self.size, first:last] = inside
         count = self._append(fresh)
         self.h[self.size - count : self.size, first:last] = outside[:count]
@@ -210,6 +213,38 @@ class SearchSpace:
         pending = slice(self.done, self.size)
         self.rows[pending] = turn.T.to(self.rows) @ self.rows[pending]
         self.h[pending, : self.done] = turn.T @ self.coupling()
+
+    def _floor(self) -> float:
+        """Return the norm at which what is left of a product is rounding."""
+        return 2 * torch.finfo(self.op.dtype).eps * self.scale
+
+    def _split_row(self, row: Tensor, near: int) -> tuple[Matrix, Tensor, Matrix]:
+        """Do to a product of one row what `_split` does to a block, waiting for the device once, not at every pass."""
+        starts = [near, 0] if near else [0]
+        sizes, parts, fresh = [row.norm(dtype=torch.float64)], [], row
+        for first in starts:
+            fresh = fresh / sizes[-1].to(fresh)
+            rows = self.rows[first : self.size]
+            part = rows @ fresh.T
+            fresh = fresh - part.T @ rows
+            parts.append(part.flatten().double())
+            sizes.append(fresh.norm(dtype=torch.float64))
+        lengths = [len(sizes), *map(len, parts)]
+        known, *parts = torch.split(torch.cat([torch.stack(sizes), *parts]).cpu(), lengths)
+        self.scale = max(self.scale, float(known[0]))
+        inside, outside = torch.zeros(self.size, 1, dtype=torch.float64), known[0]
+        for first, part, size in zip(starts, parts, known[1:], strict=True):
+            if outside <= self._floor():
+                break
+            inside[first:, 0] += part * outside
+            outside = outside * size
+        if outside <= self._floor():
+            return inside, row[:0], outside.new_zeros(0, 1)
+        fresh = fresh / sizes[-1].to(fresh)
+        if known[-1] > 0.5:
+            return inside, fresh, outside.reshape(1, 1)
+        more, fresh, left = self._split(fresh, 0, self._floor() / float(outside))
+        return inside + more * outside, fresh, left * outside
 
     def _split(self, block: Tensor, near: int, floor: float) -> tuple[Matrix, Tensor, Matrix]:
         """Write block = inside^T rows + outside^T fresh, fresh rows orthonormal; what is below floor is dropped."""
@@ -255,6 +290,9 @@ class Pairs:
 
     def follow(self, space: SearchSpace) -> None:
         """Bring the wanted pairs up to date after products: exactly where it is time, or where they may be there."""
+        seen = len(self.current)
+        if space.op.sharers > 1 and space.pending == 1 and seen < space.done < SHARED_EVERY * seen:
+            return
         fresh = space.done / max(len(self.values), 1)
         if fresh < EXACT_EVERY:
             self._estimate(space)
