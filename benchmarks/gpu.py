@@ -70,7 +70,7 @@ class Sizes:
     repeats: int = REPEATS
 
 
-TINY = Sizes(sides=(32,), side=32, images=3, singles=2, large=32, k=1, steps=3, repeats=1)
+TINY = Sizes(sides=(32,), side=16, images=2, singles=1, large=32, k=1, steps=3, repeats=1)
 
 
 # ----------------------------------------------------------------------------------------------------------- problems

@@ -44,7 +44,7 @@ HELD_PASSES = 4
 ROWS_EACH = 200
 """Rows of a search space that every image should have room for."""
 
-SLACK = 1.1
+SLACK = 1.25
 """A larger batch is preferred where an image costs no more than this many times what it costs in the best one."""
 
 
@@ -445,7 +445,7 @@ def _batch_size(model: Callable[[Tensor], Any], images: Tensor) -> int:
         sizes = [1 << i for i in range(most.bit_length()) if 1 << i < most] + [most]
         chosen, best = 1, math.inf
         for size in sizes if most > 1 else ():
-            cost = min(_seconds(model, images[:size]) for _ in range(2)) / size
+            cost = min(_seconds(model, images[:size]) for _ in range(3)) / size
             if cost > SLACK * best:
                 break
             chosen, best = size, min(best, cost)

@@ -1,5 +1,7 @@
 """Devices: exact arithmetic, graphs of kernels, CuPy's operators and solvers. What needs no card is tested without."""
 
+import json
+import runpy
 import subprocess
 import sys
 import threading
@@ -196,6 +198,7 @@ def test_captured_products_agree_with_the_dense_matrix(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::fisherop.ConvergenceWarning")
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_on_a_card_what_the_host_gives(method):
     model, image = build("conv relu pool", torch.float32)
@@ -363,6 +366,26 @@ def test_operators_of_cupys_are_solved_as_others_are(cupy):
 
 
 # ----------------------------------------------------------------------------------------------------- the suite itself
+
+
+def test_the_benchmark_says_what_it_needs_and_runs_on_the_host(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torchvision")
+    script = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(script), run_name="__main__")
+    assert "no CUDA device is at hand; --device cpu --tiny" in capsys.readouterr().err
+    written = tmp_path / "gpu.json"
+    options = ["--device", "cpu", "--tiny", "--only", "truth", "product", "many", "--json", str(written)]
+    monkeypatch.setattr(sys, "argv", [str(script), *options])
+    with torch.random.fork_rng():
+        runpy.run_path(str(script), run_name="__main__")
+    figures = {figure["name"]: figure for figure in json.loads(written.read_text())["figures"]}
+    assert figures["eigenvalues here and on the host: difference"]["holds"]
+    assert figures["adjointness under max-pooling"]["holds"]
+    assert figures["images not converged"]["value"] == 0
+    assert not any("failed" in name for name in figures)
 
 
 def test_require_gpu_turns_a_skip_into_a_failure():
