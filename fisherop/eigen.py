@@ -168,7 +168,7 @@ def choose(op: RowOperator, request: Request) -> tuple[str, str]:
     if op.metric is not None:
         return "davidson", "chosen because M is known by its products only"
     order = exact.size(op)
-    if (order <= DENSE_ORDER or order <= 20 * request.k) and exact.n_bytes(op) <= DENSE_BYTES:
+    if (order <= DENSE_ORDER or order <= 20 * request.k) and exact.n_bytes(op) * op.sharers <= DENSE_BYTES:
         return "exact", f"chosen for its dense problem of order {order}"
     known_null = op.n - op.m if op.m else 0
     room = lanczos.rows_in_memory(op)

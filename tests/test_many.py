@@ -10,8 +10,9 @@ from scipy.linalg import subspace_angles
 from torch import nn
 
 import fisherop as fo
-from fisherop import many
+from fisherop import eigen, many
 from fisherop.linearize import Linearization
+from fisherop.solvers import lanczos
 
 
 def problem(name="conv relu pool", count=4, dtype=torch.float64):
@@ -219,6 +220,15 @@ def test_memory_bounds_the_batch(passes, monkeypatch):
     passes["batches"].clear()
     assert_same(fo.eigendistortions_many(model, images, rng=0), whole)
     assert passes["batches"] == [3, 3, 1]
+
+
+def test_images_share_the_memory_of_dense_problems_and_search_spaces(monkeypatch):
+    model, images = problem(count=4)
+    monkeypatch.setattr(eigen, "DENSE_BYTES", 2 * 8 * 36 * 144)
+    methods = {batch: fo.eigendistortions_many(model, images, rng=0, batch=batch)[0].method for batch in (2, 4)}
+    assert methods == {2: "exact", 4: "lanczos"}
+    rooms = [lanczos.rows_in_memory(many.FisherBatch(model, images[:count]).ops[0]) for count in (1, 4)]
+    assert rooms[0] == pytest.approx(4 * rooms[1], rel=1e-3)
 
 
 def test_a_batch_that_slows_the_model_down_is_not_taken(passes, monkeypatch):
