@@ -21,6 +21,7 @@ from fisherop.compare import (
 )
 from fisherop.eigen import eigendistortions
 from fisherop.frontend import LG, LGG, LN, OnOff
+from fisherop.many import eigendistortions_many
 from fisherop.models import Layer
 from fisherop.operators import FisherOperator, JacobianOperator
 from fisherop.result import ConvergenceWarning, Eigendistortions
@@ -46,6 +47,7 @@ __all__ = [
     "ThresholdTable",
     "discriminability",
     "eigendistortions",
+    "eigendistortions_many",
     "generalized_eigendistortions",
     "images",
     "mean_fisher",

@@ -6,26 +6,28 @@ eigenvectors u give those of F as L^T u / sqrt(lambda), and everything orthogona
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fisherop.rows import RowOperator
-from fisherop.solvers.contract import Control, Found, Request, orthonormal, symmetric
+from fisherop.solvers.contract import Control, Found, Request, Steps, orthonormal, run, symmetric
 
 BLOCK = 64
 
 
 def solve(op: RowOperator, request: Request, control: Control) -> Found:
     """Return the wanted pairs by a dense eigendecomposition of size min(m, n)."""
-    if op.factored and op.m < op.n:
-        return _short_side(op, request, control)
-    if op.factored:
-        columns = _images_of_identity(op.factor, op.n, op, control).double()
-        matrix = columns @ columns.T
-    else:
-        matrix = symmetric(_images_of_identity(op.rows, op.n, op, control).double())
+    return run(op, steps(op, request, control))
+
+
+def steps(op: RowOperator, request: Request, control: Control) -> Steps[Found]:
+    """Do what `solve` does, asking for every product."""
+    if op.m is not None and op.m < op.n:
+        return (yield from _short_side(op, request, control))
+    columns = (yield from _images_of_identity("factor" if op.factored else "rows", op.n, op, control)).double()
+    matrix = columns @ columns.T if op.factored else symmetric(columns)
     values, vectors = (part.flip(-1) for part in torch.linalg.eigh(matrix))
     wanted = [*range(request.largest), *range(op.n - request.smallest, op.n)]
     return Found(vectors[:, wanted].T.to(op.dtype).contiguous(), float(values[0]), _zeros(values, op))
@@ -47,9 +49,9 @@ def n_bytes(op: RowOperator) -> int:
     return int(8 * size(op) * max(op.n, op.m or op.n))
 
 
-def _short_side(op: RowOperator, request: Request, control: Control) -> Found:
+def _short_side(op: RowOperator, request: Request, control: Control) -> Steps[Found]:
     assert op.m is not None
-    factor = _images_of_identity(op.factor_adjoint, op.m, op, control).double()
+    factor = (yield from _images_of_identity("factor_adjoint", op.m, op, control)).double()
     values, vectors = (part.flip(-1) for part in torch.linalg.eigh(factor @ factor.T))
     rank = op.m - _zeros(values, op)
     left = vectors[:, :rank] / values[:rank].sqrt()
@@ -64,12 +66,14 @@ def _short_side(op: RowOperator, request: Request, control: Control) -> Found:
     return Found(rows.to(op.dtype), float(values[0]), op.n - rank)
 
 
-def _images_of_identity(product: Callable[[Tensor], Tensor], order: int, op: RowOperator, control: Control) -> Tensor:
+def _images_of_identity(
+    product: Literal["rows", "factor", "factor_adjoint"], order: int, op: RowOperator, control: Control
+) -> Steps[Tensor]:
     blocks = []
     for start in range(0, order, BLOCK):
         rows = torch.zeros(min(BLOCK, order - start), order, dtype=op.dtype, device=op.device)
         rows[torch.arange(len(rows)), start + torch.arange(len(rows))] = 1
-        blocks.append(product(rows))
+        blocks.append((yield product, rows))
         control.step()
     return torch.cat(blocks)
 
