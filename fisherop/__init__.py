@@ -8,6 +8,7 @@ torch.Size([2, 1, 32, 32])
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from fisherop import images, noise, restrict
 from fisherop.compare import (
@@ -63,7 +64,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
-    if name in _LOADED_WHEN_NAMED:
-        return importlib.import_module(f"fisherop.{name}")
-    raise AttributeError(f"module 'fisherop' has no attribute {name!r}")
+if TYPE_CHECKING:
+    from fisherop import plenoptic, plot  # a type checker that saw __getattr__ would let every misspelt name pass
+else:
+
+    def __getattr__(name: str) -> ModuleType:
+        if name in _LOADED_WHEN_NAMED:
+            return importlib.import_module(f"fisherop.{name}")
+        raise AttributeError(f"module 'fisherop' has no attribute {name!r}")

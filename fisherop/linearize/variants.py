@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy.fft import next_fast_len
 from torch import Tensor
 
 from fisherop.linearize.program import Program, aten, shape_of
@@ -192,9 +191,16 @@ def _phases(result: tuple[int, ...], kernel: Tensor, s: int, padding: list[int])
     return step, phases
 
 
+def _fast_length(size: int) -> int:
+    """Return the least length, not below `size`, that a real Fourier transform is fast for."""
+    from scipy.fft import next_fast_len  # here, for it brings all of scipy.special, and few models come this way
+
+    return int(next_fast_len(size, real=True))
+
+
 def _by_fft(source: tuple[int, ...], result: tuple[int, ...], kernel: Tensor, padding: list[int], groups: int) -> Made:
     """Write a convolution of stride 1 as a product of Fourier transforms."""
-    size = [next_fast_len(source[2 + i] + 2 * padding[i], real=True) for i in (0, 1)]
+    size = [_fast_length(source[2 + i] + 2 * padding[i]) for i in (0, 1)]
     outputs, inputs = kernel.shape[:2]
     spectrum = (
         torch.fft.rfft2(kernel, s=size).conj().resolve_conj().reshape(groups, outputs // groups, inputs, size[0], -1)
@@ -213,7 +219,7 @@ def _transposed_by_fft(
 ) -> Made:
     """Write the transpose of a convolution of stride 1 as a product of Fourier transforms."""
     outputs, inputs, height, width = kernel.shape
-    size = [next_fast_len(source[2] + height - 1, real=True), next_fast_len(source[3] + width - 1, real=True)]
+    size = [_fast_length(source[2] + height - 1), _fast_length(source[3] + width - 1)]
     grouped = kernel.reshape(groups, outputs // groups, inputs, height, width).transpose(1, 2)
     spectrum = torch.fft.rfft2(grouped, s=size).contiguous()
 

@@ -89,6 +89,7 @@ def _one_end(
 
 def _largest(product: Product, n: int, count: int, start: Tensor, tol: float) -> tuple[Tensor, Tensor]:
     def multiply(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        # A copy: x is a view of ARPACK's workspace, and what is watched is kept.
         return product(torch.tensor(x[None], device=start.device))[0].cpu().numpy()
 
     matrix = LinearOperator((n, n), matvec=multiply, dtype=np.float64)
