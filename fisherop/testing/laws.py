@@ -263,13 +263,14 @@ def assert_matmat_consistent(op: Any, *, rng: Any = 0, rtol: float | None = None
     probe = Probe(op, rng, rtol, atol)
     # Whole numbers, which every dtype holds: none is rounded on its way in.
     whole = probe.rng.integers(-9, 10, (probe.n, 3))
-    _compare_forms(probe, _forward_forms(probe, whole), [probe.product(x) for x in whole.T.astype(probe.dtype)])
+    columns = [probe.product(x) for x in whole.T.astype(probe.dtype)]
+    _compare_forms(probe, _forward_forms(probe, whole), "matvec", columns)
     whole = probe.rng.integers(-9, 10, (probe.m, 3))
     try:
-        expected = [probe.adjoint_product(x) for x in whole.T.astype(probe.dtype)]
+        columns = [probe.adjoint_product(x) for x in whole.T.astype(probe.dtype)]
     except NotImplementedError:
         return
-    _compare_forms(probe, _adjoint_forms(probe, whole), expected)
+    _compare_forms(probe, _adjoint_forms(probe, whole), "rmatvec", columns)
 
 
 _Form = tuple[str, Callable[[Any], Any], Any, bool]
@@ -334,7 +335,7 @@ def _tensors(name: str, product: Callable[[Any], Any], whole: NDArray[Any], op: 
         yield f"{name}, X a tensor in {dtype},", product, X.to(dtype), False
 
 
-def _compare_forms(probe: Probe, forms: Iterator[_Form], columns: list[NDArray[Any]]) -> None:
+def _compare_forms(probe: Probe, forms: Iterator[_Form], reference: str, columns: list[NDArray[Any]]) -> None:
     __tracebackhide__ = True
     for name, product, x, own in forms:
         try:
@@ -362,8 +363,8 @@ def _compare_forms(probe: Probe, forms: Iterator[_Form], columns: list[NDArray[A
         if not error.max(initial=0) <= tolerance:
             place = tuple(int(i) for i in np.unravel_index(np.argmax(error), error.shape))
             probe.fail(
-                f"is not consistent: {name} and {'matvec' if 'rmat' not in name and '.' not in name else 'rmatvec'} of "
-                f"its columns {_numbers(result[place], expected[place], tolerance, f'in entry {place}')}",
+                f"is not consistent: {name} and {reference} of its columns "
+                f"{_numbers(result[place], expected[place], tolerance, f'in entry {place}')}",
                 "matmat, rmatmat, .H or .T is written apart from matvec and rmatvec; the memory of an array is read as "
                 "if it were contiguous; an integer array is divided or written as one; state is kept between calls",
             )
