@@ -31,7 +31,7 @@ from fisherop.sums import mean_fisher, sum_fisher
 
 __version__ = "0.1.0"
 
-_LOADED_WHEN_NAMED = ("plenoptic", "plot")
+_LOADED_WHEN_NAMED = ("plenoptic", "plot", "testing")
 
 __all__ = [
     "LG",
@@ -59,6 +59,7 @@ __all__ = [
     "project_to_null",
     "restrict",
     "sum_fisher",
+    "testing",
     "threshold_table",
     "thresholds",
 ]
