@@ -9,7 +9,7 @@ torch.Size([2, 1, 32, 32])
 import importlib
 from types import ModuleType
 
-from fisherop import images, noise, restrict
+from fisherop import images, noise, restrict, spectrum
 from fisherop.compare import (
     PrincipalDistortions,
     ThresholdTable,
@@ -25,6 +25,16 @@ from fisherop.models import Layer
 from fisherop.operators import FisherOperator, JacobianOperator
 from fisherop.result import ConvergenceWarning, Eigendistortions
 from fisherop.solvers.nullspace import NullProjection, project_to_null
+from fisherop.spectrum import (
+    Estimate,
+    SpectralDensity,
+    count,
+    effective_dimension,
+    logdet,
+    sensitivity_map,
+    spectral_density,
+    trace,
+)
 from fisherop.sums import mean_fisher, sum_fisher
 
 __version__ = "0.1.0"
@@ -37,17 +47,22 @@ __all__ = [
     "LN",
     "ConvergenceWarning",
     "Eigendistortions",
+    "Estimate",
     "FisherOperator",
     "JacobianOperator",
     "Layer",
     "NullProjection",
     "OnOff",
     "PrincipalDistortions",
+    "SpectralDensity",
     "ThresholdTable",
+    "count",
     "discriminability",
+    "effective_dimension",
     "eigendistortions",
     "generalized_eigendistortions",
     "images",
+    "logdet",
     "mean_fisher",
     "noise",
     "plenoptic",
@@ -55,9 +70,13 @@ __all__ = [
     "principal_distortions",
     "project_to_null",
     "restrict",
+    "sensitivity_map",
+    "spectral_density",
+    "spectrum",
     "sum_fisher",
     "threshold_table",
     "thresholds",
+    "trace",
 ]
 
 
