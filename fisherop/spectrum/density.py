@@ -157,21 +157,23 @@ class SpectralDensity:
         return [rule for nodes, weights in rules for rule in zip(nodes, weights, strict=True)]
 
     def _smoothed(self, at: Floats) -> Floats:
-        """Return cumulative counts: half of a node's weight lies on either side of it, spread up to its neighbours."""
+        """Return cumulative counts: half of a node's weight lies on either side of it, spread up to its neighbours.
+
+        It goes no farther than half a decade: beyond that, an isolated node is an eigenvalue and no part of a density.
+        """
         total = np.zeros(len(at))
         rules = self._rules()
         for nodes, weights in rules:
             zero = nodes <= self.floor
-            nodes, weights, start = nodes[~zero], weights[~zero], weights[zero].sum()
-            if not len(nodes):
+            logs, shares, start = np.log10(nodes[~zero]), weights[~zero], weights[zero].sum()
+            reach = np.minimum(np.diff(logs, prepend=logs[:1] - 1, append=logs[-1:] + 1) / 2, 0.5)
+            ends = start + np.concatenate([[0.0], np.cumsum(shares)])
+            if len(logs):
+                places = np.stack([logs - reach[:-1], logs, logs + reach[1:]], axis=1).ravel()
+                heights = np.stack([ends[:-1], (ends[:-1] + ends[1:]) / 2, ends[1:]], axis=1).ravel()
+                total += np.interp(np.log10(at), places, heights)
+            else:
                 total += start
-                continue
-            heights = start + np.cumsum(weights) - weights / 2
-            logs = np.log(nodes)
-            # Beyond its last node on either side, a measure ends as far off as the next one is within.
-            ends = (2 * logs[0] - logs[min(1, len(logs) - 1)] - 1e-9, 2 * logs[-1] - logs[max(len(logs) - 2, 0)] + 1e-9)
-            logs, heights = np.array([ends[0], *logs, ends[1]]), np.array([start, *heights, 1.0])
-            total += np.interp(np.log(at), logs, heights)
         smoothed: Floats = self.n * total / len(rules)
         return smoothed
 

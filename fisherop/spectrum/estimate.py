@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -91,9 +91,10 @@ class Judged:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many probes to take, and when to stop."""
+    """How many probes to take, at most and at first, and when to stop."""
 
     n_probes: int
+    first: int
     rtol: float | None
     rng: np.random.Generator
     callback: Callable[[Progress], object] | None
@@ -124,7 +125,30 @@ def planned(
         generator = np.random.default_rng(rng)
     except (TypeError, ValueError) as error:
         raise TypeError(f"rng must be a whole number or a numpy.random.Generator, not {rng!r}") from error
-    return Plan(int(n_probes), rtol, generator, callback)
+    first = n_probes if rtol is None else min(n_probes, default)
+    return Plan(int(n_probes), int(first), rtol, generator, callback)
+
+
+def cheaper(
+    plan: Plan, probe: float, dense: float, exact: Callable[[], Estimate], sample: Callable[[Plan], Estimate]
+) -> Estimate:
+    """Compute exactly where that costs no more products than probes do, or where these have cost as much in vain.
+
+    Parameters
+    ----------
+    plan : Plan
+    probe, dense : float
+        What a probe and what the exact value costs, in products.
+    exact, sample : callable
+        The two ways.
+    """
+    if dense <= probe * plan.first:
+        return exact()
+    if plan.rtol is None or probe * plan.n_probes < dense:
+        return sample(plan)
+    most = max(4, int(dense / probe))
+    found = sample(replace(plan, n_probes=most))
+    return found if found.converged or found.n_probes < most else exact()
 
 
 def sampled(

@@ -16,8 +16,8 @@ import numpy as np
 
 from fisherop.rows import RowOperator
 from fisherop.solvers.contract import Progress
-from fisherop.spectrum.estimate import Estimate, Judged, exactly, planned, sampled
-from fisherop.spectrum.moments import eigenvalues, krylov, participation_ratio
+from fisherop.spectrum.estimate import Estimate, Judged, Plan, cheaper, exactly, planned, sampled
+from fisherop.spectrum.moments import eigenvalues, exact_products, krylov, participation_ratio
 from fisherop.spectrum.quadrature import (
     MOST_PROBES,
     N_PROBES,
@@ -26,7 +26,6 @@ from fisherop.spectrum.quadrature import (
     Functional,
     Measures,
     Smooth,
-    affordable,
     batch_size,
     check_above,
     checked_steps,
@@ -91,7 +90,7 @@ def logdet(
         check_above(mu, floor)
         return Smooth(lambda x: np.log(x + mu))
 
-    return _summed(op, functional, n_probes, rtol, steps, rng, callback)
+    return _summed(RowOperator(op), functional, n_probes, rtol, steps, rng, callback)
 
 
 def effective_dimension(
@@ -143,7 +142,8 @@ def effective_dimension(
         check_above(level, floor)
         return Smooth(lambda x: x / (x + level))
 
-    return _summed(op, functional, n_probes, rtol, steps, rng, callback, within=(0, RowOperator(op).n))
+    operator = RowOperator(op)
+    return _summed(operator, functional, n_probes, rtol, steps, rng, callback, within=(0, operator.n))
 
 
 def count(
@@ -187,10 +187,14 @@ def count(
     """
     if not np.isfinite(threshold):
         raise ValueError(f"threshold must be finite, not {threshold}")
-    n = RowOperator(op).n
+    operator = RowOperator(op)
     if threshold < 0:
         return exactly(0.0, 0, "exact: no eigenvalue is negative.")
-    return _summed(op, lambda floor: AtMost(max(threshold, floor)), n_probes, rtol, steps, rng, callback, within=(0, n))
+
+    def functional(floor: float) -> Functional:
+        return AtMost(max(threshold, floor))
+
+    return _summed(operator, functional, n_probes, rtol, steps, rng, callback, within=(0, operator.n))
 
 
 def nullity(
@@ -221,9 +225,9 @@ def nullity(
     >>> fo.spectrum.nullity(F).value
     48.0
     """
-    operator = RowOperator(op)
+    operator = op if isinstance(op, RowOperator) else RowOperator(op)
     least = max(0, operator.n - operator.m) if operator.m is not None else 0
-    return _summed(op, AtMost, n_probes, rtol, steps, rng, callback, within=(least, operator.n))
+    return _summed(operator, AtMost, n_probes, rtol, steps, rng, callback, within=(least, operator.n))
 
 
 def rank(
@@ -253,14 +257,15 @@ def rank(
     >>> fo.spectrum.rank(np.diag([3.0, 2.0, 0.0])).value
     2.0
     """
-    n = RowOperator(op).n
-    found = nullity(op, n_probes, rtol=rtol, steps=steps, rng=rng, callback=callback)
+    operator = RowOperator(op)
+    n = operator.n
+    found = nullity(operator, n_probes, rtol=rtol, steps=steps, rng=rng, callback=callback)
     turned = {"value": n - found.value, "low": n - found.high, "high": n - found.low}
     return replace(found, **turned)
 
 
 def _summed(
-    op: Any,
+    op: RowOperator,
     functional: Callable[[float], Functional],
     n_probes: int | None,
     rtol: float | None,
@@ -271,21 +276,24 @@ def _summed(
     within: tuple[float, float] = (-np.inf, np.inf),
 ) -> Estimate:
     """Estimate the sum of a function over all eigenvalues; `functional` makes it, given the level of rounding."""
-    operator = RowOperator(op)
     plan = planned(n_probes, rtol, rng, callback, default=N_PROBES, most=MOST_PROBES)
-    most = checked_steps(operator, steps)
-    if affordable(operator, plan, most):
-        values = eigenvalues(operator)
-        f = functional(rounding(operator, float(values[-1])))
-        return exactly(float(f.of(values).sum()), operator.n_matvec)
-    measures = Measures.around(operator, krylov(operator, SPACE, plan.rng))
-    f = functional(measures.floor)
-    draw = drawing(operator, plan, most, measures, f)
+    most = checked_steps(op, steps)
 
-    def judge() -> Judged:
-        found = measures.judged(f)
-        value, low, high = np.clip([found.value, found.low, found.high], *within)
-        return Judged(float(value), found.standard_error, float(low), float(high))
+    def exact() -> Estimate:
+        values = eigenvalues(op)
+        f = functional(rounding(op, float(values[-1])))
+        return exactly(float(f.of(values).sum()), op.n_matvec)
 
-    found = sampled(operator, plan, draw, judge, batch=batch_size(operator, most))
-    return with_steps(found, measures)
+    def sample(plan: Plan) -> Estimate:
+        measures = Measures.around(op, krylov(op, SPACE, plan.rng))
+        f = functional(measures.floor)
+
+        def judge() -> Judged:
+            found = measures.judged(f)
+            value, low, high = (float(x) for x in np.clip([found.value, found.low, found.high], *within))
+            return Judged(value, found.standard_error, low, high)
+
+        draw = drawing(op, plan, most, measures, f)
+        return with_steps(sampled(op, plan, draw, judge, batch=batch_size(op, most)), measures)
+
+    return cheaper(plan, most, exact_products(op), exact, sample)

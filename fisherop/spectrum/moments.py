@@ -16,6 +16,7 @@ to it, and ``||F||_F^2 = ||F Q||_F^2 + ||F P||_F^2``. The second terms are means
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +27,21 @@ from scipy import special
 from torch import Tensor
 
 from fisherop.rows import RowOperator
-from fisherop.solvers import exact
+from fisherop.solvers import exact as dense
 from fisherop.solvers.contract import Progress, gram, orthonormal
 from fisherop.solvers.lanczos import BASIS_BYTES
-from fisherop.spectrum.estimate import LEVEL, Estimate, Floats, Judged, Plan, exactly, mean_of, planned, sampled
+from fisherop.spectrum.estimate import (
+    LEVEL,
+    Estimate,
+    Floats,
+    Judged,
+    Plan,
+    cheaper,
+    exactly,
+    mean_of,
+    planned,
+    sampled,
+)
 
 N_PROBES = 64
 MOST_PROBES = 4096
@@ -152,16 +164,21 @@ def trace(
     operator = RowOperator(op)
     plan = planned(n_probes, rtol, rng, callback, default=N_PROBES, most=MOST_PROBES)
     probe = 0.5 if operator.factored else 1.0
-    if exact_products(operator) <= 2 * probe * plan.n_probes:
-        return exactly(sum(_squares(operator)), operator.n_matvec)
-    space = _space(operator, plan, probe)
-    samples: list[float] = []
 
-    def draw(count: int) -> int:
-        samples.extend(_forms(operator, sphere(operator, count, plan.rng, space.rows)))
-        return len(samples)
+    def sample(plan: Plan) -> Estimate:
+        space = krylov(operator, int(probe * plan.first), plan.rng)
+        samples: list[float] = []
 
-    return sampled(operator, plan, draw, lambda: mean_of(np.array(samples), space.trace), words=_words(space))
+        def draw(count: int) -> int:
+            samples.extend(_forms(operator, sphere(operator, count, plan.rng, space.rows)))
+            return len(samples)
+
+        return sampled(operator, plan, draw, lambda: mean_of(np.array(samples), space.trace), words=_words(space))
+
+    def exact() -> Estimate:
+        return exactly(_exact_trace(operator), operator.n_matvec)
+
+    return cheaper(plan, 2 * probe, exact_products(operator), exact, sample)
 
 
 def frobenius_norm(
@@ -255,27 +272,29 @@ def _second_moment(
 ) -> Estimate:
     operator = RowOperator(op)
     plan = planned(n_probes, rtol, rng, callback, default=N_PROBES, most=MOST_PROBES)
-    if exact_products(operator) <= 2 * plan.n_probes and exact.n_bytes(operator) <= BASIS_BYTES:
+
+    def exact() -> Estimate:
         values = eigenvalues(operator)
         return exactly(known(float(values.sum()), float(np.linalg.norm(values))), operator.n_matvec)
-    space = _space(operator, plan, 1.0)
-    traces: list[float] = []
-    squares: list[float] = []
 
-    def draw(count: int) -> int:
-        rows = sphere(operator, count, plan.rng, space.rows)
-        products = operator.rows(rows)
-        traces.extend((rows.double() * products.double()).sum(1).tolist())
-        squares.extend(products.double().square().sum(1).tolist())
-        return len(traces)
+    def sample(plan: Plan) -> Estimate:
+        space = krylov(operator, plan.first, plan.rng)
+        traces: list[float] = []
+        squares: list[float] = []
 
-    return sampled(operator, plan, draw, lambda: judge(np.array(traces), np.array(squares), space), words=_words(space))
+        def draw(count: int) -> int:
+            rows = sphere(operator, count, plan.rng, space.rows)
+            products = operator.rows(rows)
+            traces.extend((rows.double() * products.double()).sum(1).tolist())
+            squares.extend(products.double().square().sum(1).tolist())
+            return len(traces)
 
+        def found() -> Judged:
+            return judge(np.array(traces), np.array(squares), space)
 
-def _space(op: RowOperator, plan: Plan, probe: float) -> Krylov:
-    """Return a Krylov space of as many products as the probes cost; as many as the default ones where rtol decides."""
-    count = plan.n_probes if plan.rtol is None else min(plan.n_probes, N_PROBES)
-    return krylov(op, int(probe * count), plan.rng)
+        return sampled(operator, plan, draw, found, words=_words(space))
+
+    return cheaper(plan, 2.0, exact_products(operator), exact, sample)
 
 
 def _words(space: Krylov) -> str:
@@ -293,8 +312,10 @@ def _forms(op: RowOperator, rows: Tensor) -> list[float]:
 
 
 def exact_products(op: RowOperator) -> float:
-    """Return what all entries of F, or of the factor's Gram matrix, cost in products."""
-    return exact.size(op) / 2 if op.factored else op.n
+    """Return what all entries of F, or of its factor, cost in products; infinite where they take too much memory."""
+    if dense.n_bytes(op) > BASIS_BYTES:
+        return math.inf
+    return dense.size(op) / 2 if op.factored else op.n
 
 
 def images_of_identity(op: RowOperator) -> list[Tensor]:
@@ -313,12 +334,9 @@ def images_of_identity(op: RowOperator) -> list[Tensor]:
     return blocks
 
 
-def _squares(op: RowOperator) -> list[float]:
-    """Return the diagonal of F, or of the Gram matrix of its factor."""
-    blocks = images_of_identity(op)
-    if op.factored:
-        return [float(block.double().square().sum()) for block in blocks]
-    return [float(torch.cat(blocks).double().trace())]
+def _exact_trace(op: RowOperator) -> float:
+    entries = torch.cat(images_of_identity(op)).double()
+    return float(entries.square().sum() if op.factored else entries.trace())
 
 
 def eigenvalues(op: RowOperator) -> Floats:

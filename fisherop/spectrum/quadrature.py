@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from fisherop.rows import RowOperator
-from fisherop.solvers import exact
 from fisherop.solvers.lanczos import BASIS_BYTES
 from fisherop.spectrum.estimate import Estimate, Floats, Judged, Plan, between
 from fisherop.spectrum.moments import Krylov, exact_products, sphere
@@ -218,7 +217,7 @@ def drawing(op: RowOperator, plan: Plan, steps: int, measures: Measures, f: Func
 
 def affordable(op: RowOperator, plan: Plan, steps: int) -> bool:
     """Tell whether all eigenvalues can be had for the products that quadrature would take."""
-    return exact_products(op) <= plan.n_probes * steps and exact.n_bytes(op) <= BASIS_BYTES
+    return exact_products(op) <= plan.n_probes * steps
 
 
 def checked_steps(op: RowOperator, steps: int | None, default: int = STEPS) -> int:

@@ -19,10 +19,8 @@ from torch import Tensor
 from fisherop.operators import InformationOperator
 from fisherop.result import Eigendistortions
 from fisherop.rows import RowOperator
-from fisherop.solvers import exact
 from fisherop.solvers.contract import Progress, orthonormal
-from fisherop.solvers.lanczos import BASIS_BYTES
-from fisherop.spectrum.estimate import LEVEL, Estimate, Floats, Judged, Plan, exactly, planned, sampled
+from fisherop.spectrum.estimate import LEVEL, Estimate, Floats, Judged, Plan, cheaper, exactly, planned, sampled
 from fisherop.spectrum.moments import exact_products, images_of_identity
 
 N_PROBES = 64
@@ -93,10 +91,13 @@ def sensitivity_map(
     operator = RowOperator(op)
     plan = planned(n_probes, rtol, rng, callback, default=N_PROBES, most=MOST_PROBES)
     rows = None if deflate is None else _known(operator, deflate)
-    if exact_products(operator) <= plan.n_probes and exact.n_bytes(operator) <= BASIS_BYTES:
-        found = exactly(_exact_diagonal(operator), operator.n_matvec)
-    else:
-        found = _by_cotangents(operator, plan, rows) if operator.factored else _by_signs(operator, plan, rows)
+    found = cheaper(
+        plan,
+        1.0,
+        exact_products(operator),
+        lambda: exactly(_exact_diagonal(operator), operator.n_matvec),
+        lambda plan: (_by_cotangents if operator.factored else _by_signs)(operator, plan, rows),
+    )
     maps = {name: _shaped(operator, getattr(found, name)) for name in ("value", "standard_error", "low", "high")}
     return replace(found, **maps, image=operator.image)
 
