@@ -4,7 +4,8 @@
 >>> F = fo.FisherOperator(fo.OnOff(), torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0)))
 >>> fo.sensitivity_map(F, rng=0).value.shape
 torch.Size([1, 1, 32, 32])
->>> fo.spectrum.lambda_max(F, rng=0).low <= fo.eigendistortions(F, k=1).eigenvalues[0] * (1 + 1e-5)
+>>> total = fo.trace(F, 16, rng=0)
+>>> total.low < total.value < total.high
 True
 
 Every estimate says how far off it may be: `fisherop.Estimate`. Questions that most people ask are at the top,
