@@ -19,9 +19,9 @@ from torch import Tensor
 from fisherop.operators import InformationOperator
 from fisherop.result import Eigendistortions
 from fisherop.rows import RowOperator
-from fisherop.solvers.contract import Progress, orthonormal
+from fisherop.solvers.contract import Progress, orthonormal, symmetric
 from fisherop.spectrum.estimate import LEVEL, Estimate, Floats, Judged, Plan, cheaper, exactly, planned, sampled
-from fisherop.spectrum.moments import exact_products, images_of_identity
+from fisherop.spectrum.moments import exact_products, images_of_identity, krylov
 
 N_PROBES = 64
 MOST_PROBES = 4096
@@ -79,7 +79,8 @@ def sensitivity_map(
     The standard error of a pixel is ``sqrt(2 / N)`` of its value, for N = 2 n_probes combinations: 8.8 % of it with
     n_probes = 128, half of the pixels within 6 %. Its interval is that of a chi-squared variable with N degrees of
     freedom, exact for any model. Without the factor the estimate is the mean of z * (F z) over random signs z: Bekas,
-    Kokiopoulou and Saad (2007), "An estimator for the diagonal of a matrix", with what falls below zero set to zero.
+    Kokiopoulou and Saad (2007), "An estimator for the diagonal of a matrix". What a Krylov space of half of the
+    products knows of F, or what `deflate` does, is taken out and added exactly, and no rest is let below zero.
 
     Examples
     --------
@@ -132,14 +133,19 @@ def _by_cotangents(op: RowOperator, plan: Plan, known: Tensor | None) -> Estimat
 def _by_signs(op: RowOperator, plan: Plan, known: Tensor | None) -> Estimate:
     """Average z * (F z) over random signs, less the Nystrom approximation from known vectors, which is added exactly.
 
-    The approximation is F V (V^T F V)^-1 V^T F: it lies below F, so that what is left is semidefinite.
+    The approximation is F V (V^T F V)^-1 V^T F: it lies below F, so that what is left is semidefinite. Where nothing is
+    known, V is a Krylov space for half of the products: signs alone see every off-diagonal entry of F as noise.
     """
-    factor = torch.empty(0, op.n, dtype=torch.float64, device=op.device)
-    if known is not None:
+    if known is None:
+        space = krylov(op, plan.first // 2, plan.rng)
+        plan = replace(plan, n_probes=plan.n_probes - plan.first // 2)
+        # The products with all rows but the last lie in the space.
+        known, products = space.rows[:-1].double(), space.matrix[:-1] @ space.rows.double()
+    else:
         products = op.rows(known).double()
-        values, vectors = torch.linalg.eigh(products @ known.double().T)
-        kept = values > 1e3 * torch.finfo(op.dtype).eps * values[-1]
-        factor = (vectors[:, kept] / values[kept].sqrt()).T @ products
+    values, vectors = torch.linalg.eigh(symmetric(products @ known.double().T))
+    kept = values > 1e3 * torch.finfo(op.dtype).eps * float(torch.cat([values, values.new_zeros(1)]).max())
+    factor = (vectors[:, kept] / values[kept].sqrt()).T @ products
     certain: Floats = factor.square().sum(0).cpu().numpy()
     total, squares = np.zeros_like(certain), np.zeros_like(certain)
     taken = 0
@@ -162,7 +168,7 @@ def _by_signs(op: RowOperator, plan: Plan, known: Tensor | None) -> Estimate:
         low, value, high = (certain + np.maximum(x, 0) for x in (mean - reach, mean, mean + reach))
         return Judged(value, error, low, high)
 
-    words = "" if known is None else f" less what {len(factor)} known pairs contribute"
+    words = f" less what a space of {len(factor)} dimensions contributes"
     return sampled(op, plan, draw, judge, batch=8, words=words)
 
 
