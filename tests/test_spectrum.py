@@ -456,3 +456,38 @@ def test_zero_operator_has_zero_everything():
 def test_bad_arguments_are_refused_with_the_remedy(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def test_a_drawn_map_is_the_root_of_the_diagonal_over_the_photograph(network, diagonal):
+    pytest.importorskip("matplotlib").use("Agg")
+    F = fo.FisherOperator(*network)
+    found = fo.sensitivity_map(F, 300)
+    assert found.standard_error.abs().max() == 0
+    fig = fo.plot.sensitivity_map({"first": found, "second": found})
+    assert [ax.get_label() for ax in fig.axes] == ["image", "sensitivity first", "sensitivity second"]
+    values, seen = fig.axes[1].images
+    np.testing.assert_allclose(np.asarray(values.get_array()) ** 2, diagonal[0, 0].numpy(), rtol=1e-9)
+    assert "exact" in fig.axes[1].get_xlabel()
+    dark = fo.plot.sensitivity_map(found, image=torch.zeros(1, 1, 24, 24)).axes[1].images[1].get_array()
+    assert (np.asarray(seen.get_array()) >= np.asarray(dark) - 1e-12).all()
+    with pytest.raises(ValueError, match="does not fit"):
+        fo.plot.sensitivity_map(found, image=torch.zeros(1, 1, 9, 9))
+    with pytest.raises(ValueError, match="image="):
+        fo.plot.sensitivity_map(fo.sensitivity_map(np.eye(4)))
+
+
+def test_a_drawn_spectrum_counts_downwards_and_marks_the_known_pairs():
+    pytest.importorskip("matplotlib").use("Agg")
+    op = hidden(SPECTRA["decaying"])
+    result = fo.eigendistortions(op, k=3, which="LM")
+    count, density = fo.plot.density(fo.spectral_density(op, 6, steps=30, rng=0), result).axes
+    line, marks = count.get_lines()
+    assert (np.diff(line.get_ydata()[np.isfinite(line.get_ydata())]) <= 0).all()
+    np.testing.assert_allclose(marks.get_xdata(), [1, 1 / 2, 1 / 3], rtol=1e-6)
+    assert marks.get_ydata().tolist() == [0.5, 1.5, 2.5]
+    assert density.get_xscale() == density.get_yscale() == "log"
+    with pytest.raises(ValueError, match="same names"):
+        fo.plot.density(fo.spectral_density(op, 6, steps=9, rng=0), {"other": result})

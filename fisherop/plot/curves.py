@@ -231,8 +231,8 @@ def density(
     """Draw the whole spectrum, both axes logarithmic, with the pairs that are known exactly marked.
 
     Above: how many eigenvalues are larger than λ, with a 95 % interval that holds what the Lanczos runs could not
-    resolve. Below: how many there are per decade. Markers are the pairs of the results, in the upper axes at their
-    index in the spectrum plus one half.
+    resolve. Below: how many there are per decade, dotted where that interval is wider than half of it. Markers
+    are the pairs of the results, in the upper axes at their index in the spectrum plus one half.
 
     Parameters
     ----------
@@ -284,7 +284,10 @@ def density(
         above.plot(grid, np.where(larger > 0, larger, np.nan), color=color, linewidth=1.2, label=name)
         edges = np.geomspace(low, 1.3 * top, 61)
         per_decade = one.density(edges)
-        below.stairs(np.where(per_decade > 0, per_decade, np.nan), edges, color=color, linewidth=1.2, label=name)
+        unsure = np.interp((edges[1:] * edges[:-1]) ** 0.5, grid, most - least) > per_decade / 2
+        for part, line in ((~unsure, "-"), (unsure, ":")):
+            shown = np.where(part & (per_decade > 0), per_decade, np.nan)
+            below.stairs(shown, edges, baseline=None, color=color, linewidth=1.2, linestyle=line, label=name)
         if name in marked:
             _mark(above, below, marked[name], color, low)
         keys.append(_key(_density_words(name, one), color=color, linestyle="-", linewidth=1.5))

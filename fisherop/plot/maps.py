@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fisherop.plot.pairs import _Layout
 from fisherop.plot.panels import (
+    SMALL,
     TITLE,
     Panel,
     Range,
@@ -142,6 +143,7 @@ def _draw_signal(ax: Axes, parts: dict[str, Panel]) -> None:
         ax.fill_between(range(len(value)), parts["low"][:, i], parts["high"][:, i], color=f"C{i}", alpha=0.25, lw=0)
         ax.plot(value, color=f"C{i}", linewidth=1.2)
     ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=SMALL)
 
 
 def _error_words(found: Estimate) -> str:

@@ -166,7 +166,8 @@ class SpectralDensity:
         for nodes, weights in rules:
             zero = nodes <= self.floor
             logs, shares, start = np.log10(nodes[~zero]), weights[~zero], weights[zero].sum()
-            reach = np.minimum(np.diff(logs, prepend=logs[:1] - 1, append=logs[-1:] + 1) / 2, 0.5)
+            inner = np.minimum(np.diff(logs) / 2, 0.5) if len(logs) > 1 else np.full(1, 0.5)
+            reach = np.concatenate([inner[:1], inner, inner[-1:]]) if len(logs) > 1 else np.repeat(inner, 2)
             ends = start + np.concatenate([[0.0], np.cumsum(shares)])
             if len(logs):
                 places = np.stack([logs - reach[:-1], logs, logs + reach[1:]], axis=1).ravel()
