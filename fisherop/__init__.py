@@ -10,7 +10,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from fisherop import images, noise, restrict
+from fisherop import images, noise, restrict, spectrum
 from fisherop.compare import (
     PrincipalDistortions,
     ThresholdTable,
@@ -27,6 +27,16 @@ from fisherop.models import Layer
 from fisherop.operators import FisherOperator, JacobianOperator
 from fisherop.result import ConvergenceWarning, Eigendistortions
 from fisherop.solvers.nullspace import NullProjection, project_to_null
+from fisherop.spectrum import (
+    Estimate,
+    SpectralDensity,
+    count,
+    effective_dimension,
+    logdet,
+    sensitivity_map,
+    spectral_density,
+    trace,
+)
 from fisherop.sums import mean_fisher, sum_fisher
 
 __version__ = "0.1.0"
@@ -39,18 +49,23 @@ __all__ = [
     "LN",
     "ConvergenceWarning",
     "Eigendistortions",
+    "Estimate",
     "FisherOperator",
     "JacobianOperator",
     "Layer",
     "NullProjection",
     "OnOff",
     "PrincipalDistortions",
+    "SpectralDensity",
     "ThresholdTable",
+    "count",
     "discriminability",
+    "effective_dimension",
     "eigendistortions",
     "eigendistortions_many",
     "generalized_eigendistortions",
     "images",
+    "logdet",
     "mean_fisher",
     "noise",
     "plenoptic",
@@ -58,10 +73,14 @@ __all__ = [
     "principal_distortions",
     "project_to_null",
     "restrict",
+    "sensitivity_map",
+    "spectral_density",
+    "spectrum",
     "sum_fisher",
     "testing",
     "threshold_table",
     "thresholds",
+    "trace",
 ]
 
 

@@ -182,14 +182,14 @@ def _probe_rest(op: RowOperator, pairs: Pairs, request: Request) -> Steps[Probe]
     drift = float(pairs.norms.norm())
     low, high = float(values[0]), float(values[-1])
     if not exhausted and len(diagonal) < n:
-        low, high = -_outer(-values[::-1], beside, n), _outer(values, beside, n)
+        low, high = -outer(-values[::-1], beside, n), outer(values, beside, n)
     ends = torch.as_tensor(vectors[:, [0, -1]].T.copy()).to(basis) @ basis
     # n times the share is near a chi-squared variable with as many degrees of freedom as the null space has dimensions.
     deviation = math.sqrt(2 * max(n * share, 1.0) * (1 - share))
     return Probe(max(low - drift, 0.0), high + drift, n * share, deviation, ends)
 
 
-def _outer(values: NDArray[np.float64], beside: list[float], n: int) -> float:
+def outer(values: NDArray[np.float64], beside: list[float], n: int) -> float:
     """Return the point above the Ritz values where the Lanczos polynomial says that the spectrum has ended."""
     target = math.log(math.sqrt(2 * n / math.pi) / DOUBT) + float(np.log(beside).sum())
     low = high = float(values[-1])
