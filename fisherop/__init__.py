@@ -26,6 +26,7 @@ from fisherop.operators import FisherOperator, JacobianOperator
 from fisherop.result import ConvergenceWarning, Eigendistortions
 from fisherop.solvers.nullspace import NullProjection, project_to_null
 from fisherop.sums import mean_fisher, sum_fisher
+from fisherop.surveys import Survey, survey
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "NullProjection",
     "OnOff",
     "PrincipalDistortions",
+    "Survey",
     "ThresholdTable",
     "discriminability",
     "eigendistortions",
@@ -56,6 +58,7 @@ __all__ = [
     "project_to_null",
     "restrict",
     "sum_fisher",
+    "survey",
     "threshold_table",
     "thresholds",
 ]
