@@ -45,7 +45,8 @@ def spectrum(op: RowOperator) -> NDArray[np.float64]:
     control = Control(op, size(op))
     matrix = _images_of_identity(product, size(op), op, control).double()
     values = torch.linalg.eigvalsh(matrix @ matrix.T if op.factored else symmetric(matrix))
-    return values.flip(0).clamp(min=0).cpu().numpy()
+    descending: NDArray[np.float64] = values.flip(0).clamp(min=0).cpu().numpy()
+    return descending
 
 
 def size(op: RowOperator) -> int:

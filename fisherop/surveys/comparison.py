@@ -63,8 +63,10 @@ def _label(table: pandas.DataFrame, prefix: str) -> list[str]:
     return [model if layer == OUTPUT else f"{model} {layer}" for model, layer in pairs]
 
 
-def compare(survey: Survey, models: Mapping[str, Any] | None, noise: Noise | None) -> Comparison:
-    """Make the tables of `Survey.compare`."""
+def compare(
+    survey: Survey, models: Mapping[str, Any] | None, noise: Noise | None, *, angles: bool = True
+) -> Comparison:
+    """Make the tables of `Survey.compare`; the angles, which need all distortions read, only if asked."""
     pandas = _imported("pandas")
     settings = survey.settings()
     done = [record for record in survey.records if record.done]
@@ -77,7 +79,7 @@ def compare(survey: Survey, models: Mapping[str, Any] | None, noise: Noise | Non
     angle_columns = ["image", "model", "layer", "of_model", "of_layer", "most", "least"]
     return Comparison(
         pandas.DataFrame(rows, columns=columns),
-        pandas.DataFrame(list(_angles(survey, done, settings)), columns=angle_columns),
+        pandas.DataFrame(list(_angles(survey, done, settings)) if angles else [], columns=angle_columns),
         pandas.DataFrame(
             list(_curves(survey, done, own)), columns=["model", "layer", "quantity", "mean", "error", "images"]
         ),

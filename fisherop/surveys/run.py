@@ -373,19 +373,14 @@ def _another(given: Any, broken: Executor, cause: BaseException, ledger: _Ledger
         made: Executor = given()
         return made
     if type(given) is ProcessPoolExecutor:
+        pool: Any = given
         try:
-            return ProcessPoolExecutor(
-                given._max_workers,
-                given._mp_context,
-                given._initializer,
-                given._initargs,
-            )
+            return ProcessPoolExecutor(pool._max_workers, pool._mp_context, pool._initializer, pool._initargs)
         except AttributeError:  # a Python that names them otherwise
             pass
     raise RuntimeError(
-        f"the executor's workers died ({type(cause).__name__}: {cause}); {ledger.done} of {ledger.total} cells are done and "
-        "safe in the store: call again with a new executor, or pass a function that makes one, which is then done "
-        "for you"
+        f"the executor's workers died ({type(cause).__name__}: {cause}); {ledger.done} of {ledger.total} cells are "
+        "done and safe: call again with a new executor, or pass a function that makes one, to have that done for you"
     ) from cause
 
 

@@ -190,8 +190,8 @@ class Store:
             yield
         except OSError as error:
             words = (
-                f"the store cannot be written ({error.strerror or error}); all cells in it are safe: put that right and call "
-                "again, for what is missing"
+                f"the store cannot be written ({error.strerror or error}); what is in it is safe: make room or give "
+                "leave to write, and call again"
             )
             raise OSError(error.errno or errno.EIO, words, str(self.path)) from error
 
