@@ -145,7 +145,7 @@ def executor(run: dict[str, Any]) -> Iterator[Made]:
         except ImportError as error:
             raise ImportError('clusters are reached by Dask: pip install "fisherop[dask]"') from error
         options = {name: run[name] for name in ("resources", "retries") if name in run}
-        with Client(run["dask"]) as client:
+        with Client(run["dask"]) as client:  # type: ignore[no-untyped-call]
             yield client.get_executor(**options)
     elif run.get("workers", 0):
         yield partial(ProcessPoolExecutor, run["workers"], get_context("spawn"))

@@ -513,10 +513,10 @@ class Survey:
 
 
 def _in_order(places: Iterable[tuple[int, str]]) -> tuple[str, ...]:
-    first: dict[str, int] = {}
+    last: dict[str, int] = {}  # a layer that several models have goes where the one with the most layers has it
     for place, name in places:
-        first[name] = min(place, first.get(name, place))
-    return tuple(sorted(first, key=lambda name: (first[name], name)))
+        last[name] = max(place, last.get(name, place))
+    return tuple(sorted(last, key=lambda name: (last[name], name)))
 
 
 def _imported(name: str) -> Any:
