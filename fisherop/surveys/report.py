@@ -103,14 +103,15 @@ def _summary(survey: Survey) -> str:
     asked = "".join(f"<li>{_asked(json.loads(text))}</li>" for text in sorted({r.settings for r in survey.records}))
     versions = sorted({record.versions for record in done})
     made = "; ".join(", ".join(f"{name} {v}" for name, v in json.loads(text).items()) for text in versions)
-    hours = sum(record.seconds for record in done) / 3600
+    seconds = sum(record.seconds for record in done)
+    spent = f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds:.1f} s"
     notes = dict.fromkeys(note for record in done for note in record.notes)
     listed = "".join(f"<li>{_escaped(note)}</li>" for note in list(notes)[:12])
     more = f"<li>and {len(notes) - 12} more</li>" if len(notes) > 12 else ""
     return (
         f'<div class="tiles">{boxes}</div>'
         f"<p>Asked of every cell:</p><ul>{asked}</ul>"
-        f"<p class=quiet>{_escaped(made)}. Time of all cells together: {hours:.2g} h.</p>"
+        f"<p class=quiet>{_escaped(made)}. Time of all cells together: {spent}.</p>"
         + (f"<h3>To be known</h3><ul>{listed}{more}</ul>" if notes else "")
     )
 
@@ -252,11 +253,12 @@ def _card(survey: Survey, record: Record) -> str:
     ends = [0, len(result) - 1] if len(result) > 1 else [0]
     columns = []
     for i in ends:
+        head = {0: "noticed most", record.fact("n") - 1: "noticed least"}.get(int(result.index[i]), "")
         v = distortions[i]
         distorted, share = clipped(picture + alpha * v, (0.0, 1.0))
         alone = 0.5 + 0.5 * v / (np.abs(v).max() or 1.0)
         columns.append(
-            f"<div>{_img(distorted, f'{record.image} distorted')}{_img(alone, 'the distortion alone')}"
+            f"<div><p>{head}</p>{_img(distorted, f'{record.image} distorted')}{_img(alone, 'the distortion alone')}"
             f"<p>{_words(result, record, i)}{f'; {100 * share:.2g} % clipped' if share else ''}</p></div>"
         )
     return f"<div class=card><h4>{_escaped(_observer(record))}</h4><div class=ends>{''.join(columns)}</div></div>"
