@@ -81,6 +81,10 @@ def test_processes_give_the_same_bits_and_build_a_model_once(tmp_path, expected)
         survey = run(tmp_path, executor=pool)
         assert pool.submit(len, "usable").result() == 6
     assert_same(survey, expected)
+    built = [s for s in survey._store.sidecars() if s["cell"]["model"] == "resnet18" and s["seconds"]["model"] > 0.02]
+    pids = [sidecar["worker"]["pid"] for sidecar in built]
+    assert pids
+    assert len(pids) == len(set(pids))
 
 
 def test_loky_gives_the_same_bits_for_a_lambda(tmp_path, expected):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import (
@@ -245,14 +246,15 @@ class _Tasks:
 
     def __init__(self, grid: Grid, threads: int, *, packs: bool) -> None:
         self.grid, self.threads = grid, threads
+        self.call = uuid.uuid4().hex
         self.settings: Any = packed(grid.settings, "noise") if packs else grid.settings
         self.sources: dict[str, Any] = dict(grid.models)
         if packs:
             self.sources = {name: packed(source, f"models[{name!r}]") for name, source in grid.models.items()}
         self.identities = {name: _identity(source) for name, source in self.sources.items()}
 
-    def __call__(self, cell: Cell, attempt: int = 0) -> Task:
-        """Return a cell's task; raise CellError where its image cannot be read."""
+    def __call__(self, cell: Cell, losses: int = 0) -> Task:
+        """Return the task of a cell whose worker died so many times; raise CellError where its image cannot be read."""
         try:
             image = self.grid.image(cell.image)
         except (OSError, ValueError) as error:
@@ -264,7 +266,7 @@ class _Tasks:
             f"{cell.model} {self.identities[cell.model]}",
             image,
             self.threads,
-            attempt,
+            f"{self.call} {losses}",
         )
 
 

@@ -59,8 +59,8 @@ class Task:
     image : ndarray
     threads : int
         Threads of torch while it is computed.
-    attempt : int
-        How often its worker died; Dask takes equal tasks for one.
+    attempt : str
+        Different at every call: Dask takes equal tasks for one, and would answer with the error of an earlier one.
     """
 
     cell: Cell
@@ -69,7 +69,7 @@ class Task:
     identity: str
     image: NDArray[Any]
     threads: int
-    attempt: int = 0
+    attempt: str
 
 
 @dataclass(frozen=True)
