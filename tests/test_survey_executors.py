@@ -192,7 +192,10 @@ def test_twenty_killed_processes_lose_no_finished_cell(tmp_path):
 
 @pytest.mark.slow
 def test_twenty_killed_dask_workers_lose_no_finished_cell(tmp_path, cluster):
-    pids = lambda: cluster.run(os.getpid).values()  # noqa: E731
+
+    def pids() -> list[int]:
+        return [nanny.pid for nanny in cluster.cluster.workers.values() if nanny.pid]
+
     survey, killer = killed(tmp_path, pids, 20, 150, executor=cluster.get_executor(retries=1))
     assert (len(survey), survey.failures(), killer.lost) == (150, [], [])
     assert killer.killed == 20
