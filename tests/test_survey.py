@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 import fisherop as fo
 from fisherop.surveys.cells import fingerprint, seed_of
 from fisherop.surveys.store import Store
+from fisherop.surveys.work import TUNING
 
 pandas = pytest.importorskip("pandas")
 pytest.importorskip("xarray")
@@ -572,3 +573,17 @@ def test_import_is_light():
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
     assert callable(fo.survey)
+
+
+def test_variants_by_rule_are_the_same_every_time_and_agree_with_direct_ones():
+    networks = {"fft": (fo.OnOff(), 1), "phases": (torch.nn.Conv2d(3, 8, 7, stride=2), 3)}
+    for variant, (model, channels) in networks.items():
+        image = picture(0, (1, channels, 40, 40))
+        ruled = [fo.FisherOperator(model, image, tuning=TUNING) for _ in range(2)]
+        direct = fo.FisherOperator(model, image, tuning={"block": 2})
+        assert variant in ruled[0].tuning.values()
+        assert ruled[0].tuning == ruled[1].tuning
+        rows = torch.randn(9, image.numel(), generator=torch.Generator().manual_seed(0))
+        assert torch.equal(ruled[0].rows(rows), ruled[1].rows(rows))
+        expected = direct.rows(rows)
+        torch.testing.assert_close(ruled[0].rows(rows), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
