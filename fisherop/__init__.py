@@ -38,6 +38,7 @@ from fisherop.spectrum import (
     trace,
 )
 from fisherop.sums import mean_fisher, sum_fisher
+from fisherop.surveys import Survey, survey
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,7 @@ __all__ = [
     "OnOff",
     "PrincipalDistortions",
     "SpectralDensity",
+    "Survey",
     "ThresholdTable",
     "count",
     "discriminability",
@@ -78,6 +80,7 @@ __all__ = [
     "spectrum",
     "sum_fisher",
     "testing",
+    "survey",
     "threshold_table",
     "thresholds",
     "trace",

@@ -76,7 +76,8 @@ class Linearization:
         dimension of 1.
     tuning : mapping, optional
         The `tuning` of an earlier linearization, to be used instead of measuring again: then results are the same
-        to the bit.
+        to the bit. Or ``{"block": b, "others": "cheapest"}``, for blocks of at most b vectors and variants of
+        convolutions by a rule instead of a measurement.
 
     Attributes
     ----------
@@ -221,6 +222,7 @@ class Linearization:
         room = max(1, min(LARGEST_BLOCK, room))
         if pinned:
             self.tuning |= {key: pinned[key] for key in ("layout", "block") if key in pinned}
+            self.tuning["block"] = min(self.tuning.get("block", 1), room)
         else:
             cost, self.tuning["block"] = _best_block(blocks, room)
         turned = variants.channels_last(programs) if not pinned or pinned.get("layout") == "channels_last" else None
