@@ -35,8 +35,7 @@ extensions = [
 exclude_patterns = ["_build", "upstream", "generated/start/index.*", "**/README.*", "**/GALLERY_HEADER.*"]
 templates_path = ["_templates"]
 default_role = "py:obj"
-# A toctree names pages by patterns, so that one that a version lacks is left out.
-suppress_warnings = ["toc.empty_glob", "config.cache"]
+suppress_warnings = ["config.cache"]  # functions of sphinx-gallery's configuration cannot be pickled
 nitpicky = False
 
 myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "dollarmath"]
@@ -70,7 +69,6 @@ numpydoc_show_class_members = False
 numpydoc_attributes_as_param_list = True
 autodoc_typehints = "none"  # the docstrings say it with shapes and units
 autodoc_class_signature = "mixed"
-autodoc_default_options = {"inherited-members": "LinearOperator, Module, UserWarning", "exclude-members": "__init__"}
 autosummary_generate = True
 
 sphinx_gallery_conf = {
