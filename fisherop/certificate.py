@@ -151,7 +151,7 @@ def probe_rest(op: RowOperator, pairs: Pairs, request: Request) -> Probe:
 
     The Lanczos polynomial p is bounded at every eigenvalue by 1 / |component of the start along its eigenvector|; a
     random start has a small component with small probability only. Van Dorsselaer, Hochstenbach and van der Vorst
-    (1999), "Computing probabilistic bounds for extreme eigenvalues of symmetric matrices with the Lanczos method",
+    (2000), "Computing probabilistic bounds for extreme eigenvalues of symmetric matrices with the Lanczos method",
     section 3. The pairs are eigenpairs up to their residuals, which move the rest by no more than their norm.
     """
     return run(op, _probe_rest(op, pairs, request))
