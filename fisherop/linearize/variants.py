@@ -124,7 +124,7 @@ def _cheapest(node: Any, kernel: Tensor, variants: dict[str, Any]) -> str:
     source, result = shape_of(node.args[0]), shape_of(node)
     transposed, groups = node.args[6], node.args[8]
     if "fft" in variants:
-        size = math.prod(next_fast_len(source[2 + i] + kernel.shape[2 + i]) for i in (0, 1))
+        size = math.prod(_fast_length(source[2 + i] + kernel.shape[2 + i]) for i in (0, 1))
         maps = source[1] + result[1]
         fourier = 2.5 * size * math.log2(size) * maps + 4 * size * source[1] * result[1] / groups
         direct = 2 * math.prod((source if transposed else result)[2:]) * kernel.numel()

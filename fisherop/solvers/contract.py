@@ -133,7 +133,8 @@ class Found:
 
 
 Answer = TypeVar("Answer")
-Ask = tuple[Literal["rows", "factor", "factor_adjoint"], Tensor]
+Kind = Literal["rows", "factor", "factor_adjoint"]
+Ask = tuple[Kind, Tensor]
 """A product that is wanted: the method of the operator, and the rows to multiply."""
 
 Steps = Generator[Ask, Tensor, Answer]

@@ -6,15 +6,13 @@ eigenvectors u give those of F as L^T u / sqrt(lambda), and everything orthogona
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop.rows import RowOperator
-from fisherop.solvers.contract import Control, Found, Request, Steps, orthonormal, run, symmetric
+from fisherop.solvers.contract import Control, Found, Kind, Request, Steps, orthonormal, run, symmetric
 
 BLOCK = 64
 
@@ -43,9 +41,8 @@ def solve_small(op: RowOperator, request: Request, control: Control) -> Found:
 
 def spectrum(op: RowOperator) -> NDArray[np.float64]:
     """Return all eigenvalues, descending, but for the n - m zeros where m < n."""
-    product = op.factor_adjoint if op.factored and size(op) < op.n else op.factor if op.factored else op.rows
-    control = Control(op, size(op))
-    matrix = _images_of_identity(product, size(op), op, control).double()
+    product: Kind = ("factor_adjoint" if size(op) < op.n else "factor") if op.factored else "rows"
+    matrix = run(op, _images_of_identity(product, size(op), op, Control(op, size(op)))).double()
     values = torch.linalg.eigvalsh(matrix @ matrix.T if op.factored else symmetric(matrix))
     descending: NDArray[np.float64] = values.flip(0).clamp(min=0).cpu().numpy()
     return descending
@@ -78,9 +75,7 @@ def _short_side(op: RowOperator, request: Request, control: Control) -> Steps[Fo
     return Found(rows.to(op.dtype), float(values[0]), op.n - rank)
 
 
-def _images_of_identity(
-    product: Literal["rows", "factor", "factor_adjoint"], order: int, op: RowOperator, control: Control
-) -> Steps[Tensor]:
+def _images_of_identity(product: Kind, order: int, op: RowOperator, control: Control) -> Steps[Tensor]:
     blocks = []
     for start in range(0, order, BLOCK):
         rows = torch.zeros(min(BLOCK, order - start), order, dtype=op.dtype, device=op.device)
