@@ -1,4 +1,4 @@
-"""The cost of response noise and of restrictions: products with F, in products with F of unit noise.
+"""The cost of response noise, restrictions and metrics: products with F, in products with F of unit noise.
 
 Every figure is a median of ratios over rounds; a round times everything in turn, so that a disturbance falls on all
 alike.
@@ -19,6 +19,11 @@ import torch
 from torch import Tensor, nn
 
 import fisherop as fo
+from fisherop.compare import Lifted
+from fisherop.metric import Metric, generalized
+from fisherop.rows import RowOperator
+
+Product = Callable[[Tensor], Any]
 
 
 class Rates(nn.Module):
@@ -67,8 +72,15 @@ def restrictions(image: Tensor) -> dict[str, Any]:
     return {"mask": torch.arange(image.shape[-1]) < image.shape[-1] // 2, "band": fo.restrict.Band(0.0, 0.25)}
 
 
+def metrics(op: fo.FisherOperator) -> dict[str, Product]:
+    """Return what a solver multiplies by for F v = lambda M v: M a diagonal, or F of the same cost and a floor."""
+    diagonal = generalized(RowOperator(op), torch.linspace(0.5, 2, op.shape[0]))
+    metric = Metric(RowOperator(op), Lifted(RowOperator(op), 0.1))
+    return {"M diagonal": diagonal.rows, "M = F + floor": lambda rows: (op.rows(rows), metric.rows(rows))}
+
+
 def ratios(name: str, rounds: int, block: int) -> dict[str, float]:
-    """Return the cost of a product under every noise and restriction, over that of a plain one."""
+    """Return the cost of a product under every noise, restriction and metric, over that of a plain one."""
     make, shape = MODELS[name]
     model = Rates(make()).requires_grad_(False)
     image = torch.rand(shape, generator=torch.Generator().manual_seed(1))
@@ -79,19 +91,22 @@ def ratios(name: str, rounds: int, block: int) -> dict[str, float]:
         ops[kind] = fo.FisherOperator(model, image, noise, tuning=tuning)
     for kind, within in restrictions(image).items():
         ops[kind] = fo.FisherOperator(model, image, within=within, tuning=tuning)
-    vectors = {kind: torch.randn(block, op.shape[0]) for kind, op in ops.items()}
+    products: dict[str, Product] = {kind: op.rows for kind, op in ops.items()} | metrics(plain)
+    vectors = {kind: torch.randn(block, ops.get(kind, plain).shape[0]) for kind in products}
     times: list[dict[str, float]] = []
     for i in range(rounds + 1):
-        took = {kind: min(seconds(op, vectors[kind]) for _ in range(2)) for kind, op in ops.items()}
+        took = {kind: min(seconds(product, vectors[kind]) for _ in range(2)) for kind, product in products.items()}
         if i:  # the first round warms up
             times.append(took)
-    return {kind: statistics.median(took[kind] / took["plain"] for took in times) for kind in ops if kind != "plain"}
+    return {
+        kind: statistics.median(took[kind] / took["plain"] for took in times) for kind in products if kind != "plain"
+    }
 
 
-def seconds(op: fo.FisherOperator, rows: Tensor) -> float:
+def seconds(product: Product, rows: Tensor) -> float:
     """Return the wall time of one product."""
     start = time.perf_counter()
-    op.rows(rows)
+    product(rows)
     return time.perf_counter() - start
 
 

@@ -591,12 +591,15 @@ def _judged(
     value = _log_volume((squares.log() / 2).cpu().numpy())[0]
     # At the floor that rounding sets, a larger variance is only a matter of a smaller floor.
     unbounded = not delta and float(squares.min()) <= 10 * family.floor
-    converged = gradient_norm <= tol and not unbounded
+    # Between proportional matrices all is rounding, the gradient too.
+    alike = value <= 2 * (len(x) - 1) * math.log(100 * torch.finfo(x.dtype).eps)
+    converged = alike or (gradient_norm <= tol and not unbounded)
     agree = sum(other >= max(values) - 1e-3 for other in values)
     words = [
         f"{agree} of {len(values)} starts reached the best objective, {math.exp(value):.4g}",
         f"gradient norm {gradient_norm:.1e}"
-        + ("" if gradient_norm <= tol else f", above tol={tol:.1e}: raise maxiter"),
+        + ("" if gradient_norm <= tol or alike else f", above tol={tol:.1e}: raise maxiter"),
+        "the models do not differ, up to rounding: their sensitivities are in proportion" if alike else "",
         "a model does not notice one of them at all, so that no variance is largest: pass delta=1e-3"
         if unbounded
         else "",

@@ -22,6 +22,7 @@ from scipy.sparse import issparse
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor
 
+from fisherop import gpu
 from fisherop.linearize import Linearization, Product
 from fisherop.noise import Gaussian, Noise
 from fisherop.restrict import subspace
@@ -55,6 +56,20 @@ class TensorOperator(LinearOperator):  # type: ignore[misc]
     def adjoint_rows(self, block: Tensor) -> Tensor:
         """Multiply every row of a (b, m) tensor by the transpose: returns (b, n)."""
         raise TypeError(f"{type(self).__name__} does not say how its transpose multiplies rows")
+
+    def to_cupy(self) -> Any:
+        """Return this operator as a `cupyx.scipy.sparse.linalg.LinearOperator`, for an operator on a CUDA device.
+
+        CuPy arrays are multiplied where they lie, and products come as CuPy arrays, without a copy either way.
+
+        Raises
+        ------
+        ValueError
+            For an operator on the host.
+        ImportError
+            Where CuPy is missing; the message says what to install.
+        """
+        return gpu.to_cupy(self)
 
     def matvec(self, x: Any) -> Any:
         """Multiply a vector of shape (n,)."""

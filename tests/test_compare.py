@@ -174,9 +174,13 @@ def test_a_null_space_that_nobody_knew_of_is_found_out(dtype):
     assert fo.principal_distortions(ops, restarts=1, delta=1e-3).converged
 
 
-def test_a_model_does_not_differ_from_itself():
-    p = fo.principal_distortions([spd(10), 3 * spd(10)], restarts=0)
-    assert p.objective < 1e-12
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@given(st.integers(0, 2**32 - 1), st.floats(1e-3, 1e3))
+def test_a_model_does_not_differ_from_itself_at_another_scale(dtype, seed, scale):
+    F = spd(10, seed)
+    p = fo.principal_distortions([F.astype(dtype), (scale * F).astype(dtype)], restarts=0)
+    assert p.converged
+    assert "the models do not differ" in p.message
 
 
 def test_too_few_steps_give_the_best_distortions_and_a_warning():

@@ -7,6 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -84,6 +85,33 @@ def test_f_is_the_dense_one_seen_from_the_subspace_for_every_noise(subject, nois
     L = F.factor_rows(torch.eye(len(E)).double()).T.numpy()
     np.testing.assert_allclose(E.T @ L.T @ L @ E, expected, atol=small)
     np.testing.assert_allclose(F.factor_adjoint_rows(torch.eye(len(L)).double()).numpy(), L, atol=small)
+
+
+def metrics(r):
+    """Return an M of every kind for r coordinates, and its matrix."""
+    entries, B = np.linspace(0.5, 2, r), block(1, r, r)
+    matrix = B @ B.T / r + np.eye(r)
+    products = LinearOperator(matrix.shape, matvec=lambda x: matrix @ x, matmat=lambda x: matrix @ x, dtype=float)
+    return {"diagonal": (entries, np.diag(entries)), "dense": (matrix, matrix), "products": (products, matrix)}
+
+
+@given(
+    st.sampled_from(sorted(NOISES)), st.sampled_from(sorted(WITHIN)), st.sampled_from(["diagonal", "dense", "products"])
+)
+def test_noise_restriction_and_metric_together_give_the_dense_answer(subject, noise, within, kind):
+    model, image, J, f = subject
+    make, truth = NOISES[noise]
+    F = fo.FisherOperator(model, image, make(len(f)), within=WITHIN[within][0], tuning=tuning(subject))
+    M, dense_M = metrics(F.shape[0])[kind]
+    E = F.to_image(torch.eye(F.shape[0])).reshape(-1, N).numpy()
+    dense_F = E @ J.T @ truth(f).numpy() @ J @ E.T
+    values, vectors = (x[..., ::-1] for x in scipy.linalg.eigh(dense_F, dense_M))
+    result = fo.eigendistortions(F, which="BE", M=M)
+    assert result.converged.all()
+    np.testing.assert_allclose(result.eigenvalues, values[result.index], atol=3e-6 * values[0])
+    if values[1] < 0.99 * values[0]:
+        top, found = vectors[:, 0] @ E, result.eigendistortions[0].flatten().numpy()
+        assert abs(found @ top) / np.linalg.norm(top) > 1 - 1e-4
 
 
 _TUNING = {}

@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -68,8 +68,8 @@ class Program:
 
     def insert(self, before: fx.Node, func: Any, *args: Any) -> fx.Node:
         """Add an operation before a node; tensors among its arguments become constants."""
+        call = tuple(self.attribute(before, arg) if isinstance(arg, Tensor) else arg for arg in args)
         with self.graph.inserting_before(before):
-            call = tuple(self._added(arg) if isinstance(arg, Tensor) else arg for arg in args)
             node = self.graph.call_function(func, call)
         node.meta.update(before.meta)
         return node
@@ -78,19 +78,31 @@ class Program:
         """Let every reader of a node read another."""
         node.replace_all_uses_with(by)
 
-    def _added(self, tensor: Tensor) -> fx.Node:
+    def attribute(self, before: fx.Node, tensor: Tensor) -> fx.Node:
+        """Add a constant before a node."""
         name = f"folded_{len(self.constants)}"
         self.constants[name] = tensor
-        return self.graph.get_attr(name)
+        with self.graph.inserting_before(before):
+            return self.graph.get_attr(name)
 
 
 def compiled(program: Program) -> Callable[[Tensor], Tensor]:
     """Return a program as a Python function of its variable."""
-    code = program.graph.python_code(root_module="self")
-    scope: dict[str, Any] = dict(code.globals)
-    exec(code.src, scope)
-    forward, constants = scope["forward"], SimpleNamespace(**program.constants)
-    return lambda variable: forward(constants, variable)
+    return bound(code(program), program.constants)
+
+
+def code(program: Program) -> Callable[[Any, Tensor], Tensor]:
+    """Return a program as a Python function of the holder of its constants, and its variable."""
+    source = program.graph.python_code(root_module="self")
+    scope: dict[str, Any] = dict(source.globals)
+    exec(source.src, scope)
+    return cast("Callable[[Any, Tensor], Tensor]", scope["forward"])
+
+
+def bound(function: Callable[[Any, Tensor], Tensor], constants: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a program's code with constants to read, which may have another layout than those it was written for."""
+    holder = SimpleNamespace(**constants)
+    return lambda variable: function(holder, variable)
 
 
 def bytes_of(tensor: Tensor) -> int:
@@ -125,6 +137,12 @@ def _drop_if_unchanged(program: Program, node: Any) -> None:
         elif node.target in (aten.view.default, aten._unsafe_view.default):
             # What was contiguous when recorded may not be once a copy before it is dropped.
             node.target = aten.reshape.default
+
+
+def _zeros(program: Program, node: Any) -> None:
+    """Take zeros for a constant, of one number in memory."""
+    zero = torch.zeros((), dtype=node.meta["dtype"], device=node.meta["device"])
+    program.replace(node, program.attribute(node, zero.expand(shape_of(node))))
 
 
 def _add(program: Program, node: Any) -> None:
@@ -279,6 +297,9 @@ _RULES: dict[Any, Callable[[Program, Any], None]] = {
     aten.clone.default: _drop_if_unchanged,
     aten.contiguous.default: _drop_if_unchanged,
     aten.reshape.default: _drop_if_unchanged,
+    aten.new_zeros.default: _zeros,
+    aten.zeros_like.default: _zeros,
+    aten._new_zeros_with_same_feature_meta.default: _zeros,
     aten.add.Tensor: _add,
     aten.mul.Tensor: _mul,
     aten.mul.Scalar: _mul,

@@ -8,6 +8,7 @@ values of the image as it likes. The program holds no autograd, no writes in pla
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor, fx
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fisherop.linearize.autodiff import Product, random_like
 from fisherop.linearize.checks import adjoint
@@ -163,6 +163,7 @@ class Recorder(TorchDispatchMode):
         self._values: dict[int, _Value] = {}
         self._memory: dict[int, _Memory] = {}
         self._constants: dict[int, _Constant] = {}
+        self._constants_in: dict[int, list[_Constant]] = {}
         self._zero: dict[Any, Tensor] = {}
         self._track(variable, self.graph.placeholder("variable"))
 
@@ -180,9 +181,9 @@ class Recorder(TorchDispatchMode):
         if func is aten._efficientzerotensor.default:  # torch crashes where one meets a dispatch mode
             return self._zeros(args[0], kwargs["dtype"], kwargs["device"])
         if func in _PRODUCTS and self._product_vanishes(args):
-            like = func(*tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), args), **kwargs)
+            like = func(*_mapped(lambda t: torch.empty_like(t, device="meta"), args), **kwargs)
             return self._zeros(like.shape, like.dtype, args[0].device)
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = _tensors((args, kwargs))
         written = _written(func, args, kwargs)
         if not any(self._depends(tensor) for tensor in inputs):
             for tensor in written:
@@ -199,7 +200,7 @@ class Recorder(TorchDispatchMode):
             output = func(*args, **kwargs)
             self._track(output, self._view(self._writer(args[0]), output))
             return output
-        call = tree_map_only(Tensor, self._node, (args, kwargs))
+        call = _mapped(self._node, (args, kwargs))
         output = func(*args, **kwargs)
         if func in _PLAIN:
             func, count = _PLAIN[func]
@@ -273,7 +274,7 @@ class Recorder(TorchDispatchMode):
         functional = getattr(getattr(aten, name, None), overload, None)
         if func.namespace != "aten" or functional is None or functional._schema.is_mutable:
             raise RecordError(f"{func} has no form that leaves its input alone")
-        call = tree_map_only(Tensor, self._node, (args, kwargs))
+        call = _mapped(self._node, (args, kwargs))
         return self.graph.call_function(functional, *call)
 
     def _whole(self, tensor: Tensor) -> fx.Node:
@@ -348,13 +349,13 @@ class Recorder(TorchDispatchMode):
         if constant is None:
             node = self.graph.get_attr(f"constant_{len(self._constants)}")
             constant = self._constants[id(tensor)] = _Constant(tensor, node)
+            self._constants_in.setdefault(memory_key(tensor), []).append(constant)
         return constant.node
 
     def _keep_constants_of(self, tensor: Tensor) -> None:
         """Copy the constants that share memory with a tensor about to be written."""
-        for constant in self._constants.values():
-            if memory_key(constant.value) == memory_key(tensor):
-                constant.copy = constant.value.clone()
+        for constant in self._constants_in.pop(memory_key(tensor), ()):
+            constant.copy = constant.value.clone()
 
 
 _READS_VALUES = (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.allclose.default)
@@ -373,6 +374,7 @@ def describe(node: fx.Node, tensor: Tensor) -> fx.Node:
     """Note on a node what its value looks like."""
     node.meta.setdefault("shape", tuple(tensor.shape))
     node.meta.setdefault("dtype", tensor.dtype)
+    node.meta.setdefault("device", tensor.device)
     return node
 
 
@@ -381,7 +383,25 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
         return []
     bound = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
     names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [leaf for name in names for leaf in tree_leaves(bound.get(name)) if isinstance(leaf, Tensor)]
+    return [tensor for name in names for tensor in _tensors(bound.get(name))]
+
+
+def _mapped(function: Callable[[Tensor], Any], argument: Any) -> Any:
+    """Return an operation's arguments with each tensor replaced. They nest no deeper than lists of tensors."""
+    if isinstance(argument, Tensor):
+        return function(argument)
+    if isinstance(argument, (tuple, list)):
+        return type(argument)([_mapped(function, part) for part in argument])
+    if isinstance(argument, dict):
+        return {key: _mapped(function, part) for key, part in argument.items()}
+    return argument
+
+
+def _tensors(argument: Any) -> list[Tensor]:
+    """Return the tensors among an operation's arguments."""
+    found: list[Tensor] = []
+    _mapped(found.append, argument)
+    return found
 
 
 def _geometry(tensor: Tensor) -> tuple[Any, ...]:

@@ -18,7 +18,13 @@ from torch import Tensor
 from fisherop.linearize.program import Program, aten, shape_of
 
 SPECTRUM_BYTES = 1 << 26
+SPECTRUM_TAPS = 49
+"""Kernels with fewer taps, 1 by 7 say, never gain from a Fourier transform, and making theirs takes long."""
+
 REPEATS = 3
+
+DEAR_FFT = 3
+"""What one operation of a Fourier transform costs, in operations of a direct convolution."""
 
 _MATRIX_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 
@@ -36,7 +42,8 @@ def choose(program: Program, name: str, pinned: Choices | None, device: torch.de
     name : str
         The program's name, which opens every key of the choices.
     pinned : dict or None
-        Choices made before, to be taken as they are; None to measure.
+        Choices made before, to be taken as they are; None to measure. With ``{"others": "cheapest"}`` in it, what it
+        does not name is chosen by counting arithmetic, which gives the same answer at every time and place.
 
     Returns
     -------
@@ -56,7 +63,8 @@ def choose(program: Program, name: str, pinned: Choices | None, device: torch.de
             continue
         key = f"{name}.{node.name}"
         if pinned is not None:
-            best = pinned.get(key, "direct")
+            counted = pinned.get("others") == "cheapest"
+            best = pinned.get(key) or (_cheapest(node, kernel, variants) if counted else "direct")
         else:
             signature = (shape_of(node.args[0]), tuple(kernel.shape), str(node.args[3:]))
             if signature not in measured:
@@ -85,6 +93,8 @@ def channels_last(programs: dict[str, Program]) -> dict[str, Program] | None:
     def turn(constant: Tensor) -> Tensor:
         if constant.layout is not torch.strided or constant.ndim != 4 or constant.is_complex():
             return constant
+        if 0 in constant.stride():  # one number, say, in the place of many
+            return constant
         key = constant.data_ptr(), constant.shape, constant.stride(), constant.dtype
         if key not in turned:
             turned[key] = constant.contiguous(memory_format=torch.channels_last)
@@ -107,6 +117,21 @@ def _fastest(node: Any, kernel: Tensor, variants: dict[str, Any], device: torch.
         for label, step in steps.items():
             best[label] = min(best[label], seconds(step, x))
     return min(best, key=best.__getitem__)
+
+
+def _cheapest(node: Any, kernel: Tensor, variants: dict[str, Any]) -> str:
+    """Return the variant of least arithmetic, where the least is far less: a direct step comes nearer to its count."""
+    source, result = shape_of(node.args[0]), shape_of(node)
+    transposed, groups = node.args[6], node.args[8]
+    if "fft" in variants:
+        size = math.prod(_fast_length(source[2 + i] + kernel.shape[2 + i]) for i in (0, 1))
+        maps = source[1] + result[1]
+        fourier = 2.5 * size * math.log2(size) * maps + 4 * size * source[1] * result[1] / groups
+        direct = 2 * math.prod((source if transposed else result)[2:]) * kernel.numel()
+        if DEAR_FFT * fourier < direct:
+            return "fft"
+    strided = next((label for label in ("phases", "flipped") if label in variants), "direct")
+    return strided if max(kernel.shape[2:]) >= 5 or groups > 1 else "direct"
 
 
 def seconds(step: Step, x: Tensor) -> float:
@@ -137,7 +162,7 @@ def _variants(
     if bias is not None or kernel.ndim != 4 or any(d != 1 for d in dilation) or len(set(stride)) != 1:
         return
     size, s = tuple(kernel.shape[2:]), stride[0]
-    if s == 1 and max(size) >= 7 and _spectrum_bytes(source, kernel, padding) <= SPECTRUM_BYTES:
+    if s == 1 and math.prod(size) >= SPECTRUM_TAPS and _spectrum_bytes(source, kernel, padding) <= SPECTRUM_BYTES:
         make = _transposed_by_fft if transposed else _by_fft
         yield "fft", lambda: make(source, result, kernel, padding, groups)
     if transposed and s == 1 and (max(size) >= 5 or groups > 1):
