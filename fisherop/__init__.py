@@ -8,8 +8,9 @@ torch.Size([2, 1, 32, 32])
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-from fisherop import images, noise, restrict
+from fisherop import images, noise, restrict, spectrum
 from fisherop.compare import (
     PrincipalDistortions,
     ThresholdTable,
@@ -21,15 +22,27 @@ from fisherop.compare import (
 )
 from fisherop.eigen import eigendistortions
 from fisherop.frontend import LG, LGG, LN, OnOff
+from fisherop.many import eigendistortions_many
 from fisherop.models import Layer
 from fisherop.operators import FisherOperator, JacobianOperator
 from fisherop.result import ConvergenceWarning, Eigendistortions
 from fisherop.solvers.nullspace import NullProjection, project_to_null
+from fisherop.spectrum import (
+    Estimate,
+    SpectralDensity,
+    count,
+    effective_dimension,
+    logdet,
+    sensitivity_map,
+    spectral_density,
+    trace,
+)
 from fisherop.sums import mean_fisher, sum_fisher
+from fisherop.surveys import Survey, survey
 
 __version__ = "0.1.0"
 
-_LOADED_WHEN_NAMED = ("plenoptic", "plot")
+_LOADED_WHEN_NAMED = ("plenoptic", "plot", "testing")
 
 __all__ = [
     "LG",
@@ -37,17 +50,24 @@ __all__ = [
     "LN",
     "ConvergenceWarning",
     "Eigendistortions",
+    "Estimate",
     "FisherOperator",
     "JacobianOperator",
     "Layer",
     "NullProjection",
     "OnOff",
     "PrincipalDistortions",
+    "SpectralDensity",
+    "Survey",
     "ThresholdTable",
+    "count",
     "discriminability",
+    "effective_dimension",
     "eigendistortions",
+    "eigendistortions_many",
     "generalized_eigendistortions",
     "images",
+    "logdet",
     "mean_fisher",
     "noise",
     "plenoptic",
@@ -55,13 +75,23 @@ __all__ = [
     "principal_distortions",
     "project_to_null",
     "restrict",
+    "sensitivity_map",
+    "spectral_density",
+    "spectrum",
     "sum_fisher",
+    "survey",
+    "testing",
     "threshold_table",
     "thresholds",
+    "trace",
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
-    if name in _LOADED_WHEN_NAMED:
-        return importlib.import_module(f"fisherop.{name}")
-    raise AttributeError(f"module 'fisherop' has no attribute {name!r}")
+if TYPE_CHECKING:
+    from fisherop import plenoptic, plot  # a type checker that saw __getattr__ would let every misspelt name pass
+else:
+
+    def __getattr__(name: str) -> ModuleType:
+        if name in _LOADED_WHEN_NAMED:
+            return importlib.import_module(f"fisherop.{name}")
+        raise AttributeError(f"module 'fisherop' has no attribute {name!r}")

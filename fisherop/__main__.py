@@ -1,7 +1,7 @@
 """The command `fisherop`: a picture and a proof for an image file, without writing Python.
 
 ``fisherop demo`` shows what this is about; ``fisherop eigendistortions photo.jpg --model resnet18 --layer layer2.0``
-does it for an image and a model of one's own.
+does it for an image and a model of one's own, ``fisherop survey config.toml`` for many of them.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ import fisherop as fo
 from fisherop import images, models
 from fisherop.eigen import WHICH
 from fisherop.solvers import BACKENDS, Progress
+from fisherop.surveys import config
 
 CONVERGED, NOT_CONVERGED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
 EPILOG = """\
 exit status:
   0    every pair converged
-  1    some pair did not: the best ones are written all the same
+  1    some pair did not, or a cell of a survey failed: the rest is written all the same
   2    a mistake in the call, said in one sentence
   130  stopped by Ctrl-C: the best pairs so far are written
 """
@@ -139,6 +140,29 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", default="float32", choices=("float32", "float64"), help="default %(default)s")
     add("--device", default="cpu", help="such as cuda, default %(default)s")
     add("--out", metavar="DIR", type=Path, default=Path("."), help="where the files go, default here")
+
+    many = commands.add_parser(
+        "survey",
+        help="many images, layers and models, from a configuration file",
+        description=f"Compute what a survey's store lacks, and write its report.html.\n\n{config.__doc__}",
+        epilog=EPILOG,
+        formatter_class=formatter,
+    )
+    many.set_defaults(run=_survey)
+    many.add_argument("config", metavar="CONFIG", type=Path, help="a TOML file")
+    many.add_argument("--workers", metavar="N", type=int, help="processes of this machine, in place of the file's")
+    many.add_argument("--retry-failed", action="store_true", help="compute cells again that failed before")
+
+    page = commands.add_parser(
+        "report",
+        help="a page to look at, of a survey's store",
+        description="Write one page, complete in itself, of what a survey's store has.",
+        formatter_class=formatter,
+    )
+    page.set_defaults(run=_report)
+    page.add_argument("store", metavar="STORE", type=Path, help="the folder")
+    page.add_argument("--out", metavar="FILE", type=Path, help="default report.html in the store")
+    page.add_argument("--pictures", metavar="N", type=int, default=6, help="images shown, default %(default)s")
     return parser
 
 
@@ -192,6 +216,38 @@ def _one_image(options: argparse.Namespace) -> int:
     if status != CONVERGED:
         print(f"to go on from here, add --resume {shlex.quote(str(job.path(options.out, '.npz')))}")
     return status
+
+
+def _survey(options: argparse.Namespace) -> int:
+    _need_matplotlib()
+    arguments, run = config.read(options.config)
+    if options.workers is not None:
+        run = {"workers": options.workers}
+    sys.path.insert(0, os.getcwd())  # for models of the user's own
+    try:
+        with config.executor(run) as executor:
+            survey = fo.survey(**arguments, executor=executor, retry_failed=options.retry_failed)
+    except KeyboardInterrupt:
+        _say(f"stopped; what is finished is safe in {arguments['store']}, and the same command goes on from there")
+        return INTERRUPTED
+    for failure in survey.failures():
+        print(failure)
+    page = Path(arguments["store"]) / "report.html"
+    survey.report(page)
+    print(survey)
+    print(f"wrote {page}")
+    short = any(record.pairs is not None and not record.pairs[:, 3].all() for record in survey.records)
+    return NOT_CONVERGED if short or survey.failures() else CONVERGED
+
+
+def _report(options: argparse.Namespace) -> int:
+    _need_matplotlib()
+    survey = fo.Survey.open(options.store)
+    page = options.out or options.store / "report.html"
+    survey.report(page, pictures=options.pictures)
+    print(survey)
+    print(f"wrote {page}")
+    return CONVERGED
 
 
 def _need_matplotlib() -> None:

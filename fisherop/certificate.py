@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fisherop.result import Eigendistortions
 from fisherop.rows import RowOperator
-from fisherop.solvers.contract import Found, Request, gram, orthonormal, ritz, symmetric
+from fisherop.solvers.contract import Found, Request, Steps, gram, orthonormal, ritz, run, symmetric
 
 PROBE_STEPS = 60
 ENOUGH = 0.9
@@ -52,13 +52,21 @@ def certify(
     op: RowOperator, request: Request, found: Found, method: str, reason: str = "", *, probe: bool = False
 ) -> Eigendistortions:
     """Judge a solver's vectors by fresh products: nothing that a solver says of its own residuals is believed."""
-    pairs = fresh_pairs(op, found.vectors, request, found.lambda_max)
+    return run(op, certify_steps(op, request, found, method, reason, probe=probe))
+
+
+def certify_steps(
+    op: RowOperator, request: Request, found: Found, method: str, reason: str = "", *, probe: bool = False
+) -> Steps[Eigendistortions]:
+    """Do what `certify` does, asking for every product."""
+    pairs = yield from _fresh_pairs(op, found.vectors, request, found.lambda_max)
     lambda_max = max(found.lambda_max, float(pairs.values[0]), 0.0)
     rest, missed = None, False
     if probe and request.k < op.n:
-        rest = probe_rest(op, pairs, request)
-        _, better, _ = ritz(*_multiplied(op, torch.cat([pairs.rows, rest.extremes])), request.largest, request.smallest)
-        improved = fresh_pairs(op, better, request)
+        rest = yield from _probe_rest(op, pairs, request)
+        rows = orthonormal(torch.cat([pairs.rows, rest.extremes]))
+        _, better, _ = ritz(rows, (yield "rows", rows), request.largest, request.smallest)
+        improved = yield from _fresh_pairs(op, better, request)
         slack = request.tol * lambda_max
         ahead = (improved.values - pairs.values)[: request.largest]
         below = (pairs.values - improved.values)[request.largest :]
@@ -111,6 +119,10 @@ def fresh_pairs(op: RowOperator, rows: Tensor, request: Request, lambda_max: flo
     inverse of M holds an eigenvalue: Parlett (1998), "The symmetric eigenvalue problem", chapter 15. Such norms
     are bounds, no tighter than the tolerance relative to lambda_max asks for.
     """
+    return run(op, _fresh_pairs(op, rows, request, lambda_max))
+
+
+def _fresh_pairs(op: RowOperator, rows: Tensor, request: Request, lambda_max: float = 0.0) -> Steps[Pairs]:
     x = orthonormal(rows)
     if len(x) < request.k:
         x = torch.cat([x, orthonormal(op.random_rows(request.k - len(x), request.rng), x)])
@@ -118,13 +130,13 @@ def fresh_pairs(op: RowOperator, rows: Tensor, request: Request, lambda_max: flo
     if op.metric is not None:
         x, dual = op.metric.orthonormal(x)
     if op.factored:
-        images = op.factor(x)
+        images = yield "factor", x
         padded = torch.nn.functional.pad(images.double(), (0, max(0, len(x) - images.shape[1])))
         mix, singular, _ = torch.linalg.svd(padded, full_matrices=False)
         values = singular**2
-        products = op.factor_adjoint(mix.T.to(x.dtype) @ images)
+        products = yield "factor_adjoint", mix.T.to(x.dtype) @ images
     else:
-        products = op.rows(x)
+        products = yield "rows", x
         values, mix = (part.flip(-1) for part in torch.linalg.eigh(symmetric(gram(x, products))))
         products = mix.T.to(x.dtype) @ products
     x, dual = mix.T.to(x.dtype) @ x, mix.T.to(x.dtype) @ dual
@@ -142,13 +154,17 @@ def probe_rest(op: RowOperator, pairs: Pairs, request: Request) -> Probe:
     (2000), "Computing probabilistic bounds for extreme eigenvalues of symmetric matrices with the Lanczos method",
     section 3. The pairs are eigenpairs up to their residuals, which move the rest by no more than their norm.
     """
+    return run(op, _probe_rest(op, pairs, request))
+
+
+def _probe_rest(op: RowOperator, pairs: Pairs, request: Request) -> Steps[Probe]:
     n = op.n - len(pairs.rows)
     basis = orthonormal(op.random_rows(1, request.rng), pairs.rows)
     diagonal: list[float] = []
     beside: list[float] = []
     products = torch.empty(0, op.n, dtype=op.dtype, device=op.device)
     while True:
-        product = op.rows(basis[-1:])
+        product = yield "rows", basis[-1:]
         products = torch.cat([products, product])
         diagonal.append(float(gram(basis[-1:], product)))
         rest = product
@@ -166,14 +182,14 @@ def probe_rest(op: RowOperator, pairs: Pairs, request: Request) -> Probe:
     drift = float(pairs.norms.norm())
     low, high = float(values[0]), float(values[-1])
     if not exhausted and len(diagonal) < n:
-        low, high = -_outer(-values[::-1], beside, n), _outer(values, beside, n)
+        low, high = -outer(-values[::-1], beside, n), outer(values, beside, n)
     ends = torch.as_tensor(vectors[:, [0, -1]].T.copy()).to(basis) @ basis
     # n times the share is near a chi-squared variable with as many degrees of freedom as the null space has dimensions.
     deviation = math.sqrt(2 * max(n * share, 1.0) * (1 - share))
     return Probe(max(low - drift, 0.0), high + drift, n * share, deviation, ends)
 
 
-def _outer(values: NDArray[np.float64], beside: list[float], n: int) -> float:
+def outer(values: NDArray[np.float64], beside: list[float], n: int) -> float:
     """Return the point above the Ritz values where the Lanczos polynomial says that the spectrum has ended."""
     target = math.log(math.sqrt(2 * n / math.pi) / DOUBT) + float(np.log(beside).sum())
     low = high = float(values[-1])
@@ -185,11 +201,6 @@ def _outer(values: NDArray[np.float64], beside: list[float], n: int) -> float:
         inside = float(np.log(np.maximum(middle - values, 1e-300)).sum()) < target
         low, high = (middle, high) if inside else (low, middle)
     return high
-
-
-def _multiplied(op: RowOperator, rows: Tensor) -> tuple[Tensor, Tensor]:
-    rows = orthonormal(rows)
-    return rows, op.rows(rows)
 
 
 def _nullity(

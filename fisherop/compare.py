@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from scipy.sparse import eye_array, issparse
 from torch import Tensor
 
@@ -501,6 +500,8 @@ def _maximized(small: NDArray[np.float64], mix: NDArray[np.float64]) -> tuple[ND
 
     Sensitivities of d / ||d|| make a function of all of space, so that the spheres need no constraint.
     """
+    from scipy.optimize import minimize  # here, for importing it takes as long as all of fisherop
+
     size, k = mix.shape
 
     def loss(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:

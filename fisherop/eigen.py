@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop import certificate, metric
+from fisherop.linearize import exact_arithmetic
 from fisherop.result import ConvergenceWarning, Eigendistortions
 from fisherop.rows import RowOperator
-from fisherop.solvers import BACKENDS, Backend, Control, Progress, Request, exact, lanczos, lobpcg
+from fisherop.solvers import BACKENDS, ON_CUDA, Backend, Control, Progress, Request, exact, lanczos, lobpcg
 
 WHICH = ("LM", "LA", "SM", "SA", "BE")
 DENSE_ORDER = 512
@@ -50,7 +51,7 @@ def eigendistortions(
     Parameters
     ----------
     op : FisherOperator, LinearOperator, sparse or dense matrix
-        Any n x n real symmetric positive semidefinite operator.
+        Any n x n real symmetric positive semidefinite operator, of CuPy's too.
     k : int, optional
         Pairs in all, 1 to n.
     which : {"BE", "LM", "LA", "SM", "SA"}, optional
@@ -59,8 +60,9 @@ def eigendistortions(
     method : str, optional
         "exact" (dense, of the short side's size), "lanczos" (block Lanczos for both ends), "nullspace" (projection,
         for the small end of a matrix with a null space), "arpack", "lobpcg", "primme" (where installed), "power",
-        "randomized_svd" (largest only), "davidson" (for an M known by its products), or "auto": exact where that is
-        small, else lanczos, or nullspace where memory is short; `message` says which and why.
+        "randomized_svd" (largest only), "davidson" (for an M known by its products), "cupyx" (CuPy's Lanczos, on CUDA
+        devices), or "auto": exact where that is small, else lanczos, or nullspace where memory is short; `message`
+        says which and why.
     tol : float, optional
         A pair is converged when ``||F v - lambda v|| <= tol * lambda_max``, for every method. By default
         ``max(1e-6, 100 * eps)`` of the operator's dtype.
@@ -91,8 +93,8 @@ def eigendistortions(
     Returns
     -------
     Eigendistortions
-        Pairs in order of descending eigenvalue, with residuals from fresh products. Tensors for a Fisher operator
-        or a tensor, NumPy arrays for anything else.
+        Pairs in order of descending eigenvalue, with residuals from fresh products. Tensors for a Fisher operator,
+        a tensor or anything of CuPy's, NumPy arrays for anything else.
 
     Raises
     ------
@@ -118,25 +120,27 @@ def eigendistortions(
     (np.True_, 1)
     """
     operator = RowOperator(op)
-    _known(method, ("auto", *BACKENDS), "method")
+    backends = BACKENDS | ON_CUDA
+    known(method, ("auto", *backends), "method")
     if M is not None:
         operator = metric.generalized(operator, M, dense=_small(operator, method, k))
-    request = _checked_request(operator, k, which, tol, v0, rng)
-    name, reason = _choose(operator, request) if method == "auto" else (method, "")
-    backend = BACKENDS[name]
+    request = checked_request(operator, k, which, tol, v0, rng)
+    name, reason = choose(operator, request) if method == "auto" else (method, "")
+    backend = backends[name]
     _check_metric(operator, name, backend, certify)
     if request.smallest and not backend.smallest:
         raise ValueError(f"method {name!r} finds the largest pairs only: use which='LM', or another method")
     if maxiter is not None and maxiter < 1:
         raise ValueError(f"maxiter must be at least 1, not {maxiter}")
-    _known(certify, ("residuals", "probe"), "certify")
+    known(certify, ("residuals", "probe"), "certify")
     control = Control(operator, maxiter or backend.maxiter, callback)
-    found = backend.solve(operator, request, control)
-    result = certificate.certify(operator, request, found, name, reason, probe=certify == "probe")
+    with exact_arithmetic():  # of the solver itself, not of the products alone
+        found = backend.solve(operator, request, control)
+        result = certificate.certify(operator, request, found, name, reason, probe=certify == "probe")
     if result.lambda_max == 0:
         warnings.warn("F = 0: every direction is a null direction, and these are arbitrary ones", stacklevel=2)
     elif not result.converged.all() or found.doubt:
-        warnings.warn(_advice(result, control, name, found.doubt), ConvergenceWarning, stacklevel=2)
+        warnings.warn(advice(result, control, name, found.doubt), ConvergenceWarning, stacklevel=2)
     return result
 
 
@@ -159,26 +163,27 @@ def _check_metric(op: RowOperator, name: str, backend: Backend, certify: str) ->
         raise ValueError("certify='probe' needs the entries of M: pass M as a matrix, or certify='residuals'")
 
 
-def _choose(op: RowOperator, request: Request) -> tuple[str, str]:
+def choose(op: RowOperator, request: Request) -> tuple[str, str]:
     """Return the method that `auto` takes, and why."""
     if op.metric is not None:
         return "davidson", "chosen because M is known by its products only"
     order = exact.size(op)
-    if (order <= DENSE_ORDER or order <= 20 * request.k) and exact.n_bytes(op) <= DENSE_BYTES:
+    if (order <= DENSE_ORDER or order <= 20 * request.k) and exact.n_bytes(op) * op.sharers <= DENSE_BYTES:
         return "exact", f"chosen for its dense problem of order {order}"
     known_null = op.n - op.m if op.m else 0
-    room = lanczos.BASIS_BYTES // (op.n * op.dtype.itemsize)
+    room = lanczos.rows_in_memory(op)
     if known_null >= request.smallest > 0 and room < SHORT_BASIS:
         return "nullspace", f"chosen for a null space of dimension {known_null} and room for {room} vectors only"
     return "lanczos", f"chosen because a dense problem of order {order} would cost more"
 
 
-def _checked_request(op: RowOperator, k: int, which: str, tol: float | None, v0: Any, rng: Any) -> Request:
+def checked_request(op: RowOperator, k: int, which: str, tol: float | None, v0: Any, rng: Any) -> Request:
+    """Return what the arguments ask for; refuse those that make no sense."""
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
         raise TypeError(f"k must be a whole number, not {k!r}")
     if not 1 <= k <= op.n:
         raise ValueError(f"k must lie between 1 and n = {op.n}, not {k}")
-    which = _known(which, WHICH, "which")
+    which = known(which, WHICH, "which")
     smallest = {"L": 0, "S": int(k), "B": int(k) // 2}[which[0]]
     if tol is None:
         tol = max(1e-6, 100 * torch.finfo(op.dtype).eps)
@@ -199,7 +204,8 @@ def _start_rows(op: RowOperator, v0: Any) -> Tensor:
     return rows
 
 
-def _known(name: Any, names: tuple[str, ...], what: str) -> str:
+def known(name: Any, names: tuple[str, ...], what: str) -> str:
+    """Return a name that is one of those known; refuse any other, with a guess of what was meant."""
     if name in names:
         return str(name)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
@@ -207,7 +213,8 @@ def _known(name: Any, names: tuple[str, ...], what: str) -> str:
     raise ValueError(f"{what} must be one of {', '.join(names)}, not {name!r}{hint}")
 
 
-def _advice(result: Eigendistortions, control: Control, method: str, doubt: str) -> str:
+def advice(result: Eigendistortions, control: Control, method: str, doubt: str) -> str:
+    """Return why a result is not all that was asked for, and what to change."""
     if result.converged.all():
         return f"all {len(result)} pairs are eigenpairs, but {method!r} was {doubt}: raise maxiter"
     worst = result.residuals.max()

@@ -225,7 +225,7 @@ def _imported(name: str) -> Callable[..., Any]:
         close = difflib.get_close_matches(attribute, dir(module))
         hint = f"did you mean {_listed(close)}?" if close else "write package.module:name"
         raise ValueError(f"module {module_name!r} has no {attribute!r}: {hint}") from None
-    model = found() if _is_factory(found) else found
+    model = found() if is_factory(found) else found
     if isinstance(model, type) or not callable(model):
         raise ValueError(
             f"{name!r} gives no model but {model!r}: name a torch.nn.Module, a function of an image, or a class or "
@@ -234,7 +234,8 @@ def _imported(name: str) -> Callable[..., Any]:
     return model  # type: ignore[no-any-return]
 
 
-def _is_factory(found: Any) -> bool:
+def is_factory(found: Any) -> bool:
+    """Tell whether something is called without arguments to make a model or an image, rather than being one."""
     if isinstance(found, nn.Module) or not callable(found):
         return False
     try:

@@ -10,16 +10,19 @@ torch.Size([3])
 
 from __future__ import annotations
 
+import functools
+import numbers
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.sparse import issparse
-from scipy.sparse.linalg import LinearOperator
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor
 
+from fisherop import gpu
 from fisherop.linearize import Linearization, Product
 from fisherop.noise import Gaussian, Noise
 from fisherop.restrict import subspace
@@ -35,6 +38,10 @@ class TensorOperator(LinearOperator):  # type: ignore[misc]
 
     NumPy arrays in, NumPy arrays out; tensors in, tensors out, on the device they came from; always in the
     operator's dtype. Vectors, columns, adjoint and transpose follow SciPy's conventions.
+
+    So does algebra: ``A + B``, ``A - B``, ``A @ B``, ``A**p``, ``-A``, ``2 * A`` and ``A / 2`` are operators that take
+    tensors as A does; with an operator of SciPy's, or of another dtype or device, they are SciPy's own and take arrays.
+    A number, of whatever type, leaves the precision as it is.
     """
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
@@ -49,6 +56,20 @@ class TensorOperator(LinearOperator):  # type: ignore[misc]
     def adjoint_rows(self, block: Tensor) -> Tensor:
         """Multiply every row of a (b, m) tensor by the transpose: returns (b, n)."""
         raise TypeError(f"{type(self).__name__} does not say how its transpose multiplies rows")
+
+    def to_cupy(self) -> Any:
+        """Return this operator as a `cupyx.scipy.sparse.linalg.LinearOperator`, for an operator on a CUDA device.
+
+        CuPy arrays are multiplied where they lie, and products come as CuPy arrays, without a copy either way.
+
+        Raises
+        ------
+        ValueError
+            For an operator on the host.
+        ImportError
+            Where CuPy is missing; the message says what to install.
+        """
+        return gpu.to_cupy(self)
 
     def matvec(self, x: Any) -> Any:
         """Multiply a vector of shape (n,)."""
@@ -68,10 +89,64 @@ class TensorOperator(LinearOperator):  # type: ignore[misc]
 
     def dot(self, x: Any) -> Any:
         """Multiply a vector, the columns of a matrix, a number or another operator."""
-        return self._on_tensor(x, adjoint=False) if isinstance(x, Tensor) else super().dot(_dense(x))
+        if _is_number(x):
+            return self._scaled(x)
+        if isinstance(x, Tensor):
+            return self._on_tensor(x, adjoint=False)
+        return ProductOperator(self, x) if self._is_like(x) else super().dot(_operator(_dense(x)))
 
-    def __matmul__(self, x: Any) -> Any:
-        return self.dot(x) if isinstance(x, Tensor) else super().__matmul__(x)
+    def __rmul__(self, x: Any) -> Any:
+        if _is_number(x):
+            return self._scaled(x)
+        if isinstance(x, Tensor):
+            return self.T.dot(x) if x.ndim == 1 else self.T.dot(x.mT).mT
+        return super().__rmul__(x)
+
+    def __truediv__(self, x: Any) -> LinearOperator:
+        return self._scaled(1 / x) if _is_number(x) else super().__truediv__(x)
+
+    def __neg__(self) -> LinearOperator:
+        return self._scaled(-1)
+
+    def __pow__(self, p: Any) -> LinearOperator:
+        if isinstance(p, (int, np.integer)) and p > 0:
+            return functools.reduce(ProductOperator, [self] * int(p))
+        return super().__pow__(p)
+
+    def __add__(self, x: Any) -> LinearOperator:
+        if _is_array(x):
+            _refuse_to_add(self)
+        return SumOperator(self, x) if self._is_like(x) else super().__add__(_operator(x))
+
+    def __sub__(self, x: Any) -> LinearOperator:
+        return self + -x
+
+    def __radd__(self, x: Any) -> LinearOperator:
+        if _is_array(x):
+            _refuse_to_add(self)
+        return NotImplemented
+
+    __rsub__ = __radd__
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> NoReturn:
+        """Refuse to become an array: NumPy would wrap the operator as one object, and its entries may be too many."""
+        raise TypeError(
+            f"a {type(self).__name__} knows its products, not its entries: multiply, op @ x, or compute the entries by "
+            f"op @ numpy.eye({self.shape[1]}); wrap a sparse matrix, aslinearoperator(matrix) @ op"
+        )
+
+    def _is_like(self, other: Any) -> bool:
+        """Tell whether this is an operator that can take what this one takes and gives."""
+        if not isinstance(other, TensorOperator):
+            return False
+        return bool(other.torch_dtype == self.torch_dtype and other.device == self.device)
+
+    def _scaled(self, number: Any) -> LinearOperator:
+        if isinstance(number, Tensor):
+            number = number.item()
+        if np.iscomplexobj(number):
+            return super().dot(np.result_type(self.dtype, np.complex64).type(number))
+        return ScaledOperator(self, float(number))
 
     def _matvec(self, x: NDArray[Any]) -> NDArray[Any]:
         return self._on_vectors(x, adjoint=False)
@@ -147,6 +222,67 @@ class Adjoint(TensorOperator):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Adjoint, self.args
+
+
+class SumOperator(TensorOperator):
+    """The sum of two operators."""
+
+    def __init__(self, a: TensorOperator, b: TensorOperator) -> None:
+        if a.shape != b.shape:
+            raise ValueError(f"operators that are added have one shape, and these have {a.shape} and {b.shape}")
+        super().__init__(a.shape, a.torch_dtype, a.device)
+        self.args = (a, b)
+
+    def rows(self, block: Tensor) -> Tensor:
+        """Multiply every row by the sum."""
+        return self.args[0].rows(block) + self.args[1].rows(block)
+
+    def adjoint_rows(self, block: Tensor) -> Tensor:
+        """Multiply every row by the transpose of the sum."""
+        return self.args[0].adjoint_rows(block) + self.args[1].adjoint_rows(block)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SumOperator, self.args
+
+
+class ProductOperator(TensorOperator):
+    """The product of two operators: the second is applied first."""
+
+    def __init__(self, a: TensorOperator, b: TensorOperator) -> None:
+        if a.shape[1] != b.shape[0]:
+            raise ValueError(f"operators of shape {a.shape} and {b.shape} have no product: the inner sizes differ")
+        super().__init__((a.shape[0], b.shape[1]), a.torch_dtype, a.device)
+        self.args = (a, b)
+
+    def rows(self, block: Tensor) -> Tensor:
+        """Multiply every row by the product."""
+        return self.args[0].rows(self.args[1].rows(block))
+
+    def adjoint_rows(self, block: Tensor) -> Tensor:
+        """Multiply every row by the transpose of the product."""
+        return self.args[1].adjoint_rows(self.args[0].adjoint_rows(block))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ProductOperator, self.args
+
+
+class ScaledOperator(TensorOperator):
+    """An operator times a real number, in the operator's precision."""
+
+    def __init__(self, op: TensorOperator, factor: float) -> None:
+        super().__init__(op.shape, op.torch_dtype, op.device)
+        self.args = (op, factor)
+
+    def rows(self, block: Tensor) -> Tensor:
+        """Multiply every row by the operator, and by the number."""
+        return self.args[0].rows(block) * self.args[1]
+
+    def adjoint_rows(self, block: Tensor) -> Tensor:
+        """Multiply every row by the transpose, and by the number."""
+        return self.args[0].adjoint_rows(block) * self.args[1]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ScaledOperator, self.args
 
 
 class InformationOperator(TensorOperator):
@@ -457,3 +593,23 @@ def _tuned(kind: type[ModelOperator], tuning: dict[str, Any], *args: Any) -> Mod
 
 def _dense(x: Any) -> Any:
     return x.toarray() if issparse(x) else x
+
+
+def _operator(x: Any) -> Any:
+    """Return another package's operator, as PyLops's, as one of SciPy's; anything else as it is."""
+    return aslinearoperator(x) if hasattr(x, "matvec") else x
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, numbers.Number) or (isinstance(x, (np.generic, np.ndarray, Tensor)) and x.ndim == 0)
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, (np.ndarray, Tensor, list, tuple)) or _is_number(x) or issparse(x)
+
+
+def _refuse_to_add(op: TensorOperator) -> NoReturn:
+    raise TypeError(
+        "an operator is added to an operator: wrap a matrix by scipy.sparse.linalg.aslinearoperator, and a shift as "
+        f"aslinearoperator(shift * scipy.sparse.eye_array({op.shape[0]}, dtype=op.dtype))"
+    )

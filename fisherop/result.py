@@ -7,7 +7,7 @@ import os
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -103,17 +103,21 @@ class Eigendistortions:
         >>> fo.Eigendistortions.load(path).eigenvalues
         array([3.])
         """
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        with open(partial, "wb") as file:
+            self.write(file)
+        os.replace(partial, path)
+
+    def write(self, file: IO[bytes]) -> None:
+        """Write what `save` does to an open file, which may be one in memory."""
         arrays: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in _ARRAYS}
         facts = {name: getattr(self, name) for name in _FACTS}
         facts |= {"format": FORMAT, "tensor": isinstance(self.eigendistortions, Tensor)}
         arrays["eigendistortions"] = _array(self.eigendistortions)
         if self.image is not None:
             arrays["image"] = _array(self.image)
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "wb") as file:
-            np.savez(file, facts=np.array(json.dumps(facts)), **arrays)  # type: ignore[arg-type]
-        os.replace(partial, path)
+        np.savez(file, facts=np.array(json.dumps(facts)), **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Eigendistortions:

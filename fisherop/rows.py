@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fisherop import gpu
 from fisherop.linearize import Product
 from fisherop.maps import row_products
 from fisherop.operators import NUMPY_DTYPE, InformationOperator, TensorOperator
@@ -45,12 +46,17 @@ class RowOperator:
         The M of a generalized problem F v = lambda M v that only its products are known of; see `fisherop.metric`.
     problem : str
         What else than F v = lambda v is being solved, in words.
+    sharers : int
+        How many operators are being solved side by side, and share memory.
     """
 
     metric: Metric | None = None
     problem = ""
+    sharers = 1
 
     def __init__(self, op: Any) -> None:
+        if gpu.is_cupys(op):
+            op = getattr(op, "op", op)  # what `to_cupy` was called on
         self.source = op
         self.m: int | None = None
         self._half_products = 0
@@ -60,6 +66,10 @@ class RowOperator:
             self.m, self.image = op.factor_size, op.image
             self.n, self.dtype, self.device = op.shape[0], op.torch_dtype, op.device
             self._product: Product = op.rows
+        elif gpu.is_cupys(op):
+            self.n, self.dtype = _square(op), _rows_dtype(_numpy_dtype(op))
+            self.device, self._product = gpu.row_product(op)
+            self._check_symmetric()
         else:
             self.n = _square(op)
             self.dtype, self._product = _foreign_product(op)
@@ -79,18 +89,22 @@ class RowOperator:
 
     def rows(self, block: Tensor) -> Tensor:
         """Multiply every row by F."""
-        self._half_products += 2 * len(block)
+        self.count("rows", len(block))
         return _finite(self._product(block))
 
     def factor(self, block: Tensor) -> Tensor:
         """Multiply every row of (b, n) by L."""
-        self._half_products += len(block)
+        self.count("factor", len(block))
         return _finite(self.source.factor_rows(block))
 
     def factor_adjoint(self, block: Tensor) -> Tensor:
         """Multiply every row of (b, m) by the transpose of L."""
-        self._half_products += len(block)
+        self.count("factor_adjoint", len(block))
         return _finite(self.source.factor_adjoint_rows(block))
+
+    def count(self, kind: str, vectors: int) -> None:
+        """Count products with F ("rows") or its factor, also those that were made elsewhere."""
+        self._half_products += 2 * vectors if kind == "rows" else vectors
 
     def random_rows(self, count: int, rng: np.random.Generator) -> Tensor:
         """Draw Gaussian rows, the same on every device."""
@@ -128,7 +142,7 @@ class RowOperator:
         """Return rows as the operator's user knows them: images, a tensor, or an array."""
         if isinstance(self.source, InformationOperator):
             return self.source.to_image(rows)
-        return rows if isinstance(self.source, Tensor) else rows.numpy()
+        return rows if isinstance(self.source, Tensor) or gpu.is_cupys(self.source) else rows.numpy()
 
     def distortions(self, rows: Tensor) -> Tensor:
         """Return the distortions, of unit norm, that the rows of a solver's answer stand for."""
@@ -169,13 +183,20 @@ def _foreign_product(op: Any) -> tuple[torch.dtype, Product]:
         return matrix.dtype, lambda block: block @ matrix.T
     if isinstance(op, TensorOperator):
         return op.torch_dtype, op.rows
-    dtype = np.dtype(getattr(op, "dtype", None) or np.float64)
-    if dtype.kind == "c":
-        raise TypeError("a complex operator has no place here: write it as real pairs")
-    torch_dtype = torch.float32 if dtype in (np.float16, np.float32) else torch.float64
+    torch_dtype = _rows_dtype(_numpy_dtype(op))
     if isinstance(op, np.ndarray):
         return torch_dtype, _foreign_product(torch.from_numpy(op.astype(NUMPY_DTYPE[torch_dtype])))[1]
     return torch_dtype, row_products(op, torch.empty(0, dtype=torch_dtype))[0]
+
+
+def _numpy_dtype(op: Any) -> np.dtype[Any]:
+    return np.dtype(getattr(op, "dtype", None) or np.float64)
+
+
+def _rows_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    if dtype.kind == "c":
+        raise TypeError("a complex operator has no place here: write it as real pairs")
+    return torch.float32 if dtype in (np.float16, np.float32) else torch.float64
 
 
 def _finite(block: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from models import GainControl
@@ -16,8 +17,7 @@ Model = Callable[[Tensor], Any]
 
 def network(name: str) -> nn.Module:
     """Return a torchvision network with random weights."""
-    import torchvision
-
+    torchvision = pytest.importorskip("torchvision")
     extra = {"transform_input": False, "init_weights": False} if name == "inception_v3" else {}
     if name == "vit_b_16":
         extra = {"image_size": 64}

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: seeds and names are drawn, well-scaled arrays are made from them."""
+"""Operators of the small models for Hypothesis, beside what `fisherop.testing.strategies` draws."""
 
 import numpy as np
 import torch
@@ -6,10 +6,11 @@ from hypothesis import strategies as st
 from models import MODELS, build, parts, real
 
 import fisherop as fo
+from fisherop import testing
+from fisherop.testing import strategies
 
-dtypes = st.sampled_from([torch.float32, torch.float64])
+dtypes, seeds = strategies.dtypes(), strategies.seeds()
 names = st.sampled_from(sorted(MODELS))
-seeds = st.integers(0, 2**32 - 1)
 
 
 def operators():
@@ -43,6 +44,6 @@ def block(seed: int, *shape: int, dtype=np.float64):
 
 
 def spectrum_operator(values, seed=0, dtype=torch.float64):
-    """Return a symmetric matrix with these eigenvalues, and its eigenvectors as columns."""
-    q = np.linalg.qr(block(seed, len(values), len(values)))[0]
-    return torch.tensor((q * np.asarray(values)) @ q.T, dtype=dtype), q
+    """Return a symmetric matrix with these eigenvalues as a tensor, and its eigenvectors as columns, descending."""
+    op = testing.SpectralOperator(values, seed)
+    return torch.tensor(op.matrix, dtype=dtype), op.vectors

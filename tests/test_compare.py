@@ -1,7 +1,5 @@
 """Comparisons of models at one image, against dense pencils, finite differences and laws of invariance."""
 
-import matplotlib
-import matplotlib.figure
 import numpy as np
 import pytest
 import scipy.linalg
@@ -15,8 +13,6 @@ from strategies import spectrum_operator
 
 import fisherop as fo
 from fisherop.compare import _log_volume
-
-matplotlib.use("Agg")
 
 
 def spd(n, seed=0, low=0.1):
@@ -241,11 +237,14 @@ def test_a_model_sees_its_own_distortions_furthest_apart():
 
 
 def test_a_table_is_drawn_on_the_axes_given():
+    pytest.importorskip("matplotlib").use("Agg")
+    from matplotlib.figure import Figure
+
     A, B = np.diag([4.0, 1.0, 0.0]), np.diag([1.0, 1.0, 9.0])
     table = fo.threshold_table(
         {"A": A, "B": B}, {"principal": fo.principal_distortions([B, A], delta=1e-3), "x": np.eye(3)}
     )
-    figure = matplotlib.figure.Figure()
+    figure = Figure()
     ax = figure.add_subplot()
     assert table.plot(ax) is ax
     assert [label.get_text() for label in ax.get_xticklabels()] == ["principal", "x"]

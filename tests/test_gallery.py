@@ -12,13 +12,13 @@ import fisherop as fo
 pytest.importorskip("skimage")
 
 GALLERY = Path(__file__).parent.parent / "docs" / "gallery"
-FIGURES = {"plot_noise": 5, "plot_within": 6, "plot_metric": 4, "plot_compare": 6}
+FIGURES = {"plot_noise": 5, "plot_within": 6, "plot_metric": 4, "plot_compare": 6, "plot_spectrum": 4}
 
 
 @pytest.fixture(scope="module")
 def outcome(request, tmp_path_factory):
     """Run one script; give its names, figures and files."""
-    if request.param == "plot_compare":
+    if request.param in ("plot_compare", "plot_spectrum"):
         pytest.importorskip("torchvision")
     with run(GALLERY / f"{request.param}.py", tmp_path_factory.mktemp(request.param)) as found:
         yield request.param, *found
@@ -146,3 +146,15 @@ def test_principal_distortions_and_sums_are_as_said(names):
     for result in names["results"].values():
         assert (together.eigenvalues >= result.eigenvalues * (1 - 1e-5)).all()
     assert names["average"].eigenvalues[0] <= names["results"]["gain control"].eigenvalues[0] * (1 + 1e-5)
+
+
+@of("plot_spectrum")
+def test_sums_of_maps_traces_and_densities_agree(names):
+    for key, total in names["totals"].items():
+        found = names["maps"][key]
+        assert abs(found.value.sum().item() - total.value) < 0.1 * total.value
+        assert total.low < total.value < total.high
+    for name, one in names["densities"].items():
+        first = names["results"][name].eigenvalues[0]
+        assert one.lambda_max <= first * (1 + 1e-3)
+        assert one.count(1.01 * first).value == pytest.approx(3072, abs=1)

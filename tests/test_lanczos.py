@@ -7,6 +7,7 @@ from models import MODELS, build, dense_jacobian
 from strategies import spectrum_operator
 
 import fisherop as fo
+from fisherop import testing
 from fisherop.certificate import certify
 from fisherop.rows import RowOperator
 from fisherop.solvers import Control, Request, lanczos
@@ -14,11 +15,7 @@ from fisherop.solvers import Control, Request, lanczos
 N = 300
 LINEAR = np.linspace(1, 0.1, N)
 SPECTRA = {
-    "power": 1 / np.arange(1.0, N + 1) ** 2,
-    "exponential": 10 ** np.linspace(0, -12, N),
-    "null space": np.concatenate([1 / np.arange(1.0, 221), np.zeros(80)]),
-    "flat with a gap": np.concatenate([[1], np.linspace(0.98, 0.1, N - 1)]),
-    "isolated": np.concatenate([np.linspace(1, 0.03, N - 1), [4e-5]]),
+    kind: testing.spectrum(kind, N) for kind in ("power", "exponential", "null space", "flat with a gap", "isolated")
 }
 HARD = {
     "zero": np.zeros(N),

@@ -13,76 +13,42 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator, eigsh
 from strategies import block, fishers, operators, seeds
 
 import fisherop as fo
+from fisherop import testing
 
-
-def rounding(op, *arrays):
-    """Return what rounding may cost in a product of these arrays, with room for depth."""
-    return 1e3 * np.finfo(op.dtype).eps * np.prod([np.linalg.norm(a) for a in arrays]) + 1e-30
-
-
-def size(op):
-    """Return the Frobenius norm of an operator."""
-    return np.linalg.norm(op.matmat(np.eye(op.shape[1])))
-
-
-@given(operators(), seeds)
-def test_products_are_linear(J, seed):
-    x, y = block(seed, 2, J.shape[1])
-    assert np.linalg.norm(J @ (2 * x - 3 * y) - (2 * (J @ x) - 3 * (J @ y))) <= rounding(J, size(J), x, y)
+ANY = (
+    testing.assert_linear,
+    testing.assert_adjoint,
+    testing.assert_matmat_consistent,
+    testing.assert_no_aliasing,
+)
 
 
 @given(operators(), seeds)
-def test_the_adjoint_is_the_adjoint(J, seed):
-    v, u = block(seed, J.shape[1]), block(seed + 1, J.shape[0])
-    assert abs(np.dot(J @ v, u) - np.dot(v, J.T @ u)) <= rounding(J, size(J), v, u)
-    assert np.array_equal(J.T @ u, J.H @ u)
-    assert np.array_equal(J.T @ u, J.rmatvec(u))
+def test_a_jacobian_keeps_the_laws_of_linear_operators(J, seed):
+    for law in ANY:
+        law(J, rng=seed)
+        law(J.T, rng=seed)
     assert J.T.T is J
 
 
 @given(fishers(), seeds)
-def test_a_fisher_operator_is_symmetric_and_semidefinite(F, seed):
-    v, u = block(seed, 2, F.shape[0])
-    assert abs(np.dot(F @ v, u) - np.dot(v, F @ u)) <= rounding(F, size(F), v, u)
-    assert np.dot(F @ v, v) >= -rounding(F, size(F), v, v)
+def test_a_fisher_operator_is_symmetric_and_semidefinite_besides(F, seed):
+    for law in (*ANY, testing.assert_psd):
+        law(F, rng=seed)
     assert F.T is F
     assert F.H is F
 
 
 @given(fishers(), seeds)
-def test_a_matrix_is_multiplied_as_its_columns_are(F, seed):
-    X = block(seed, F.shape[1], 5)
-    together, apart = F @ X, np.stack([F @ x for x in X.T], axis=1)
-    assert np.linalg.norm(together - apart) <= rounding(F, size(F), X)
-
-
-@given(fishers(), seeds)
-def test_every_form_of_the_same_input_gives_the_same_output(F, seed):
+def test_every_form_of_the_same_input_gives_the_same_output_to_the_bit(F, seed):
     X = block(seed, F.shape[1], 3, dtype=F.dtype)
     expected = F @ X
     wide = np.zeros((2 * len(X), 6), F.dtype)
     wide[::2, ::2] = X
     for form in (np.asfortranarray(X), wide[::2, ::2], X.astype(np.float64), sp.csr_array(X)):
         assert np.array_equal(F @ form, expected)
-    tensor = F @ torch.from_numpy(X)
-    assert isinstance(tensor, torch.Tensor)
-    assert np.array_equal(tensor.numpy(), expected)
-    assert np.array_equal((F @ torch.from_numpy(X[:, 0].copy())).numpy(), F @ X[:, 0])
+    assert np.array_equal((F @ torch.from_numpy(X)).numpy(), expected)
     assert np.array_equal(F @ (X + 0j), expected + 0j)
-    whole = np.arange(F.shape[1])
-    assert np.array_equal(F @ whole, F @ whole.astype(F.dtype))
-    assert np.array_equal((F @ torch.from_numpy(whole)).numpy(), F @ whole)
-
-
-@given(operators(), seeds)
-def test_inputs_are_not_written_and_outputs_not_shared(J, seed):
-    X = block(seed, J.shape[1], 2, dtype=J.dtype)
-    kept = X.copy()
-    for form in (X, torch.from_numpy(X)):
-        first, again = J @ form, J @ form
-        assert np.array_equal(X, kept)
-        first[...] = 0
-        assert np.array_equal(np.asarray(J @ form), np.asarray(again))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -145,7 +145,7 @@ def assert_adjoint(v, jv, u, jtu):
 
 @pytest.mark.slow
 def test_a_transformer_is_recorded_at_its_own_size():
-    import torchvision
+    torchvision = pytest.importorskip("torchvision")
 
     torch.manual_seed(0)
     model = torchvision.models.vit_b_16(weights=None).eval()

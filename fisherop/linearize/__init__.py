@@ -30,6 +30,7 @@ from fisherop.linearize.autodiff import (
     random_like,
     reverse_mode,
 )
+from fisherop.linearize.capture import Captured
 from fisherop.linearize.checks import (
     adjoint,
     buffers_kept,
@@ -42,10 +43,13 @@ from fisherop.linearize.checks import (
 from fisherop.linearize.program import Program, bound, bytes_of, code, memory_key
 from fisherop.linearize.record import RecordError, record
 
-__all__ = ["Linearization", "Product"]
+__all__ = ["Linearization", "Product", "exact_arithmetic"]
 
 BLOCK_BYTES = 1 << 29
-"""Memory that the intermediate values of one block of vectors may take."""
+"""Memory on the host that the intermediate values of one block of vectors may take."""
+
+BLOCK_SHARE = 4
+"""Part, as 1 in so many, of a CUDA device's free memory that they may take there."""
 
 LARGEST_BLOCK = 64
 TRIED_BLOCKS = (4, 16)
@@ -72,7 +76,8 @@ class Linearization:
         dimension of 1.
     tuning : mapping, optional
         The `tuning` of an earlier linearization, to be used instead of measuring again: then results are the same
-        to the bit.
+        to the bit. Or ``{"block": b, "others": "cheapest"}``, for blocks of at most b vectors and variants of
+        convolutions by a rule instead of a measurement.
 
     Attributes
     ----------
@@ -213,10 +218,11 @@ class Linearization:
         codes = {name: code(program) for name, program in programs.items()}
         blocks = [_Block(bound(codes[name], p.constants), *probes[name]) for name, p in programs.items()]
         _replayed(blocks)
-        room = BLOCK_BYTES // max(program.peak_bytes() for program in programs.values())
+        room = _block_bytes(self.device) // max(program.peak_bytes() for program in programs.values())
         room = max(1, min(LARGEST_BLOCK, room))
         if pinned:
             self.tuning |= {key: pinned[key] for key in ("layout", "block") if key in pinned}
+            self.tuning["block"] = min(self.tuning.get("block", 1), room)
         else:
             cost, self.tuning["block"] = _best_block(blocks, room)
         turned = variants.channels_last(programs) if not pinned or pinned.get("layout") == "channels_last" else None
@@ -278,6 +284,7 @@ class _Block:
 
     def __init__(self, function: Product, vector: Tensor, expected: Tensor) -> None:
         self.function = function
+        self.launched = Captured(function)
         self.vector, self.expected = vector, expected
         self.mapped: Product | None = None
         self.checked = False
@@ -289,7 +296,7 @@ class _Block:
                 self._check()
             if len(rows) > 1 and self.mapped is not None:
                 return self.mapped(rows.view(len(rows), *self.vector.shape)).reshape(len(rows), -1)
-            return torch.cat([self.function(row.view_as(self.vector)).reshape(1, -1) for row in _apart(rows)])
+            return torch.cat([self.launched(row.view_as(self.vector)).reshape(1, -1) for row in _apart(rows)])
 
     def _check(self) -> None:
         mapped = torch.vmap(self.function)
@@ -301,7 +308,7 @@ class _Block:
                 pair = mapped(torch.stack([self.vector, -0.5 * self.vector]))
             expected = torch.stack([self.expected, -0.5 * self.expected]).reshape_as(pair)
             if close(pair, expected, expected.norm()):
-                self.mapped = mapped
+                self.mapped = Captured(mapped)
         except (RuntimeError, NotImplementedError, UserWarning):
             pass
         self.checked = True
@@ -310,6 +317,8 @@ class _Block:
         """Return the wall time of one vector; refuse a program that is not linear, for it missed what depends on it."""
         rows = -0.5 * self.vector.reshape(1, -1)
         result: list[Tensor] = []
+        if rows.is_cuda:  # libraries choose their algorithms in the first call
+            self(rows)
         seconds = variants.seconds(lambda x: result.append(self(x)), rows)
         if not close(result[0].reshape(-1), -0.5 * self.expected.reshape(-1), self.expected.norm()):
             raise RecordError("the recorded program is not linear: part of the derivative leaves torch's operations")
@@ -346,6 +355,11 @@ def _best_block(products: list[_Block], room: int) -> tuple[float, int]:
 def _replayed(blocks: list[_Block]) -> float:
     """Return the wall time of one vector through all programs, checked."""
     return sum(block.replay() for block in blocks)
+
+
+def _block_bytes(device: torch.device) -> int:
+    """Return the memory that the intermediate values of one block of vectors may take."""
+    return int(torch.cuda.mem_get_info(device)[0]) // BLOCK_SHARE if device.type == "cuda" else BLOCK_BYTES
 
 
 def _apart(rows: Tensor) -> list[Tensor]:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 
 Product = Callable[[Tensor], Tensor]
@@ -41,17 +43,54 @@ def differentiable() -> Iterator[None]:
 
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Hold off whatever rounds to fewer bits than the operands have: TF32 on CUDA devices, and autocast."""
+    """Hold off whatever rounds to fewer bits than the operands have: TF32 and bfloat16 in products, and autocast.
+
+    May be entered again inside itself, and from several threads: the last to leave puts the user's settings back.
+    """
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        if torch.cuda.is_available():
-            backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-            for backend in backends:
-                stack.callback(setattr, backend, "allow_tf32", backend.allow_tf32)
-                backend.allow_tf32 = False
+        _COARSE.hold_off()
+        stack.callback(_COARSE.put_back)
         yield
+
+
+class _CoarseFloat32:
+    """The process-wide settings under which float32 products are rounded to fewer bits."""
+
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        self._before: list[tuple[Any, Any]] = []
+        self._name: str
+        self._exact: str | bool
+        backends: Any = torch.backends
+        if hasattr(backends, "fp32_precision"):  # from torch 2.9 on
+            convolutions = [part for b in (backends.mkldnn, backends.cudnn) for part in (b.conv, b.rnn)]
+            self._owners = [backends.cuda.matmul, backends.mkldnn.matmul, *convolutions]
+            self._name, self._exact = "fp32_precision", "ieee"
+        else:
+            self._owners = [backends.cuda.matmul, backends.cudnn]
+            self._name, self._exact = "allow_tf32", False
+
+    def hold_off(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                now = [(owner, getattr(owner, self._name)) for owner in self._owners]
+                self._before = [(owner, value) for owner, value in now if value in ("tf32", "bf16", True)]
+                for owner, _ in self._before:
+                    setattr(owner, self._name, self._exact)
+
+    def put_back(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                for owner, value in self._before:
+                    setattr(owner, self._name, value)
+
+
+_COARSE = _CoarseFloat32()
 
 
 def reverse_mode(leaf: Tensor, response: Tensor) -> Product:
@@ -97,3 +136,21 @@ def random_like(*tensors: Tensor) -> list[Tensor]:
     """
     source = torch.Generator("cpu").manual_seed(0)
     return [torch.randn(t.shape, generator=source, dtype=t.dtype, device="cpu").to(t.device) for t in tensors]
+
+
+def bytes_written(call: Callable[[], object]) -> int:
+    """Return how many bytes the operations of a call write."""
+    with _Footprint() as footprint:
+        call()
+    return footprint.n_bytes
+
+
+class _Footprint(TorchDispatchMode):
+    """Count the bytes that operations write."""
+
+    n_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.n_bytes += sum(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        return output

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy.fft import next_fast_len
 from torch import Tensor
 
 from fisherop.linearize.program import Program, aten, shape_of
@@ -23,6 +22,9 @@ SPECTRUM_TAPS = 49
 """Kernels with fewer taps, 1 by 7 say, never gain from a Fourier transform, and making theirs takes long."""
 
 REPEATS = 3
+
+DEAR_FFT = 3
+"""What one operation of a Fourier transform costs, in operations of a direct convolution."""
 
 _MATRIX_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 
@@ -40,7 +42,8 @@ def choose(program: Program, name: str, pinned: Choices | None, device: torch.de
     name : str
         The program's name, which opens every key of the choices.
     pinned : dict or None
-        Choices made before, to be taken as they are; None to measure.
+        Choices made before, to be taken as they are; None to measure. With ``{"others": "cheapest"}`` in it, what it
+        does not name is chosen by counting arithmetic, which gives the same answer at every time and place.
 
     Returns
     -------
@@ -60,7 +63,8 @@ def choose(program: Program, name: str, pinned: Choices | None, device: torch.de
             continue
         key = f"{name}.{node.name}"
         if pinned is not None:
-            best = pinned.get(key, "direct")
+            counted = pinned.get("others") == "cheapest"
+            best = pinned.get(key) or (_cheapest(node, kernel, variants) if counted else "direct")
         else:
             signature = (shape_of(node.args[0]), tuple(kernel.shape), str(node.args[3:]))
             if signature not in measured:
@@ -113,6 +117,21 @@ def _fastest(node: Any, kernel: Tensor, variants: dict[str, Any], device: torch.
         for label, step in steps.items():
             best[label] = min(best[label], seconds(step, x))
     return min(best, key=best.__getitem__)
+
+
+def _cheapest(node: Any, kernel: Tensor, variants: dict[str, Any]) -> str:
+    """Return the variant of least arithmetic, where the least is far less: a direct step comes nearer to its count."""
+    source, result = shape_of(node.args[0]), shape_of(node)
+    transposed, groups = node.args[6], node.args[8]
+    if "fft" in variants:
+        size = math.prod(_fast_length(source[2 + i] + kernel.shape[2 + i]) for i in (0, 1))
+        maps = source[1] + result[1]
+        fourier = 2.5 * size * math.log2(size) * maps + 4 * size * source[1] * result[1] / groups
+        direct = 2 * math.prod((source if transposed else result)[2:]) * kernel.numel()
+        if DEAR_FFT * fourier < direct:
+            return "fft"
+    strided = next((label for label in ("phases", "flipped") if label in variants), "direct")
+    return strided if max(kernel.shape[2:]) >= 5 or groups > 1 else "direct"
 
 
 def seconds(step: Step, x: Tensor) -> float:
@@ -192,9 +211,16 @@ def _phases(result: tuple[int, ...], kernel: Tensor, s: int, padding: list[int])
     return step, phases
 
 
+def _fast_length(size: int) -> int:
+    """Return the least length, not below `size`, that a real Fourier transform is fast for."""
+    from scipy.fft import next_fast_len  # here, for it brings all of scipy.special, and few models come this way
+
+    return int(next_fast_len(size, real=True))
+
+
 def _by_fft(source: tuple[int, ...], result: tuple[int, ...], kernel: Tensor, padding: list[int], groups: int) -> Made:
     """Write a convolution of stride 1 as a product of Fourier transforms."""
-    size = [next_fast_len(source[2 + i] + 2 * padding[i], real=True) for i in (0, 1)]
+    size = [_fast_length(source[2 + i] + 2 * padding[i]) for i in (0, 1)]
     outputs, inputs = kernel.shape[:2]
     spectrum = (
         torch.fft.rfft2(kernel, s=size).conj().resolve_conj().reshape(groups, outputs // groups, inputs, size[0], -1)
@@ -213,7 +239,7 @@ def _transposed_by_fft(
 ) -> Made:
     """Write the transpose of a convolution of stride 1 as a product of Fourier transforms."""
     outputs, inputs, height, width = kernel.shape
-    size = [next_fast_len(source[2] + height - 1, real=True), next_fast_len(source[3] + width - 1, real=True)]
+    size = [_fast_length(source[2] + height - 1), _fast_length(source[3] + width - 1)]
     grouped = kernel.reshape(groups, outputs // groups, inputs, height, width).transpose(1, 2)
     spectrum = torch.fft.rfft2(grouped, s=size).contiguous()
 

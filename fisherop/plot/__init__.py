@@ -20,15 +20,18 @@ except ImportError as error:
     raise ImportError('figures are drawn with matplotlib: pip install "fisherop[plot]"') from error
 
 from fisherop.plot.animation import flip
-from fisherop.plot.curves import linearity, spectrum
+from fisherop.plot.curves import density, linearity, spectrum
+from fisherop.plot.maps import sensitivity_map
 from fisherop.plot.pairs import both_signs, eigendistortions
 from fisherop.plot.panels import show_distorted, show_distortion, show_image
 
 __all__ = [
     "both_signs",
+    "density",
     "eigendistortions",
     "flip",
     "linearity",
+    "sensitivity_map",
     "show_distorted",
     "show_distortion",
     "show_image",

@@ -30,6 +30,7 @@ from fisherop.plot.pairs import places
 from fisherop.plot.panels import SMALL, array_of, empty_figure, named, numbers, order_of
 from fisherop.plot.sizes import norm
 from fisherop.result import Eigendistortions
+from fisherop.spectrum.density import SpectralDensity
 
 Floats = NDArray[np.float64]
 
@@ -215,6 +216,107 @@ def _spectrum_keys(several: dict[str, Eigendistortions], styles: list[dict[str, 
     if any((result.eigenvalues < low).any() for result in results):
         keys.append(_key("below the axis", color=GREY, marker="v", fillstyle="none"))
     return keys
+
+
+# ------------------------------------------------------------------------------------------------------------- density
+
+
+def density(
+    densities: SpectralDensity | Mapping[str, SpectralDensity],
+    results: Eigendistortions | Mapping[str, Eigendistortions] | None = None,
+    *,
+    decades: float | None = None,
+    fig: Figure | None = None,
+) -> Figure:
+    """Draw the whole spectrum, both axes logarithmic, with the pairs that are known exactly marked.
+
+    Above: how many eigenvalues are larger than λ, with a 95 % interval that holds what the Lanczos runs could not
+    resolve. Below: how many there are per decade, dotted where that interval is wider than half of it. Markers
+    are the pairs of the results, in the upper axes at their index in the spectrum plus one half.
+
+    Parameters
+    ----------
+    densities : SpectralDensity, or mapping of str to SpectralDensity
+        What `fisherop.spectral_density` returned; the keys of a mapping name them.
+    results : Eigendistortions, or mapping of str to Eigendistortions, optional
+        Pairs to mark, by the same names.
+    decades : float, optional
+        How far below the largest eigenvalue the axis goes; by default as far as rounding allows, at most 8.
+    fig : Figure, optional
+        An empty figure to draw into, which is resized; by default a new one of pyplot's.
+
+    Returns
+    -------
+    Figure
+        With the axes labelled "count" and "density".
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to draw, or results have other names than densities.
+
+    Examples
+    --------
+    >>> import numpy as np, fisherop as fo, fisherop.plot
+    >>> F = np.diag(np.geomspace(1, 1e-4, 50))
+    >>> fig = fo.plot.density(fo.spectral_density(F), fo.eigendistortions(F, k=4))
+    >>> [ax.get_label() for ax in fig.axes]
+    ['count', 'density']
+    """
+    several = dict(densities) if isinstance(densities, Mapping) else {"": densities}
+    marked = {} if results is None else dict(results) if isinstance(results, Mapping) else {"": results}
+    if not several or not marked.keys() <= several.keys() or not any(d.lambda_max > 0 for d in several.values()):
+        raise ValueError("there is no density to draw for some result, or none at all: give both the same names")
+    top = max(d.lambda_max for d in several.values())
+    floor = min(max(d.floor, 1e-8 * top) for d in several.values() if d.lambda_max > 0)
+    low = floor if decades is None else top * 10.0**-decades
+    fig = empty_figure() if fig is None else fig
+    lines = len(several) + bool(marked)
+    above, below = _axes(fig, "count", lines, below=1.8), _axes(fig, "density", lines, below=1.8, lower=True)
+    grid = np.geomspace(low, 1.3 * top, 161)
+    keys = []
+    for number, (name, one) in enumerate(several.items()):
+        color = f"C{number % 10}"
+        value, least, most = one.cumulative(grid)
+        # Less than half an eigenvalue is none; it would only make the axis long.
+        larger, fewest, largest = (np.where(x >= 0.5, x, 0.0) for x in (one.n - value, one.n - most, one.n - least))
+        above.fill_between(grid, np.maximum(fewest, 0.3), np.maximum(largest, 0.3), color=color, alpha=0.2, linewidth=0)
+        above.plot(grid, np.where(larger > 0, larger, np.nan), color=color, linewidth=1.2, label=name)
+        edges = np.geomspace(low, 1.3 * top, 61)
+        per_decade = one.density(edges)
+        unsure = np.interp((edges[1:] * edges[:-1]) ** 0.5, grid, most - least) > per_decade / 2
+        for part, line in ((~unsure, "-"), (unsure, ":")):
+            shown = np.where(part & (per_decade > 0), per_decade, np.nan)
+            below.stairs(shown, edges, baseline=None, color=color, linewidth=1.2, linestyle=line, label=name)
+        if name in marked:
+            _mark(above, below, marked[name], color, low)
+        keys.append(_key(_density_words(name, one), color=color, linestyle="-", linewidth=1.5))
+    if marked:
+        keys.append(_key("pairs that are known", color=GREY, marker="o", fillstyle="none"))
+    above.set(xscale="log", yscale="log", xlim=(low, 1.5 * top), ylim=(0.4, 2 * max(d.n for d in several.values())))
+    below.set(xscale="log", yscale="log", xlim=(low, 1.5 * top))
+    above.tick_params(labelbottom=False)
+    above.set_ylabel("eigenvalues larger than λ", fontsize=SMALL)
+    below.set_ylabel("eigenvalues per decade", fontsize=SMALL)
+    below.set_xlabel("eigenvalue λ", fontsize=SMALL)
+    _header(above, keys)
+    return fig
+
+
+def _mark(above: Axes, below: Axes, result: Eigendistortions, color: str, low: float) -> None:
+    shown = result.converged & (result.eigenvalues > low)
+    values, index = result.eigenvalues[shown], result.index[shown]
+    style: dict[str, Any] = {"linestyle": "", "fillstyle": "none", "color": color, "label": "pairs"}
+    above.plot(values, index + 0.5, marker="o", markersize=4, **style)
+    transform = below.get_xaxis_transform()
+    below.plot(values, np.full(len(values), 0.03), marker="|", markersize=6, transform=transform, **style)
+
+
+def _density_words(name: str, one: SpectralDensity) -> str:
+    zero = one.count(0.0)
+    how = "all of them computed" if one.measures is None else f"{one.n_probes} probes of {one.steps} steps"
+    null = f", {zero.low:.0f} to {zero.high:.0f} of them zero" if zero.high >= 1 else ""
+    return f"{name + ': ' if name else ''}{one.n} eigenvalues, {how}{null}"
 
 
 # ----------------------------------------------------------------------------------------------------------- linearity

@@ -16,24 +16,31 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 
+from fisherop.linearize import Product
 from fisherop.rows import RowOperator
 from fisherop.solvers import exact
 from fisherop.solvers.contract import Control, Found, Request, Stop, Watched, largest_ritz_value, orthonormal
 
-Vectors = NDArray[np.float64]
+Eigsh = Callable[[Product, int, int, Tensor, float], tuple[Tensor, Tensor]]
+"""(product with single float64 rows, n, count, start, tol) to the largest eigenvalues, ascending, and their rows."""
 
 
 def solve(op: RowOperator, request: Request, control: Control) -> Found:
     """Run ARPACK in float64 arithmetic at each end that is wanted."""
     if op.n <= basis_size(request.k) + 1:
         return exact.solve_small(op, request, control)
+    return search(op, request, control, _largest)
+
+
+def search(op: RowOperator, request: Request, control: Control, largest: Eigsh) -> Found:
+    """Run a solver for the large end, which sees one copy of each eigenvalue, at each end that is wanted."""
     lambda_max = largest_ritz_value(op, request)
     if lambda_max <= 0:
         return Found(request.start(op, request.k), 0.0)
     vectors: list[Tensor] = []
     for count, sign in ((request.largest, 1.0), (request.smallest, -1.0)):
         if count:
-            vectors.append(_one_end(op, request, control, count, sign, lambda_max))
+            vectors.append(_one_end(op, request, control, count, sign, lambda_max, largest))
     return Found(torch.cat(vectors), lambda_max)
 
 
@@ -42,46 +49,59 @@ def basis_size(k: int) -> int:
     return max(3 * k + 20, 64)
 
 
-def _one_end(op: RowOperator, request: Request, control: Control, count: int, sign: float, lambda_max: float) -> Tensor:
+def _one_end(
+    op: RowOperator,
+    request: Request,
+    control: Control,
+    count: int,
+    sign: float,
+    lambda_max: float,
+    largest: Eigsh,
+) -> Tensor:
     """Return the vectors of the `count` largest eigenvalues of sign * F / lambda_max."""
     watched = Watched(op, control, keep=basis_size(count))
     shift = 0.0 if sign > 0 else 1.0
-    found = np.zeros((0, op.n))
+    found = torch.zeros(0, op.n, dtype=torch.float64, device=op.device)
 
-    def scaled(x: Vectors) -> Vectors:
-        product = watched(op.tensor(x[None]))[0].double().cpu().numpy()
-        return np.asarray(shift * x + sign * product / lambda_max)
+    def scaled(row: Tensor) -> Tensor:
+        return shift * row + sign * watched(op.tensor(row)).double() / lambda_max
 
-    def deflated(x: Vectors) -> Vectors:
-        inside = found.T @ (found @ x)
-        product = scaled(x - inside)
-        return np.asarray(product - found.T @ (found @ product))
+    def deflated(row: Tensor) -> Tensor:
+        product = scaled(row - (row @ found.T) @ found)
+        return product - (product @ found.T) @ found
 
-    # One vector is all that ARPACK starts from: the sum has a part of every vector given.
-    start = request.start(op, count, smallest=sign < 0).sum(0).double().cpu().numpy()
+    # One vector is all that such a solver starts from: the sum has a part of every vector given.
+    start = request.start(op, count, smallest=sign < 0).sum(0).double()
     try:
-        values, vectors = _largest(scaled, op.n, count, start, request.tol)
+        values, rows = largest(scaled, op.n, count, start, request.tol)
         for _ in range(count if count > 1 else 0):
-            found = np.asarray(orthonormal(torch.from_numpy(vectors.T)).numpy())
-            again = op.random_rows(1, request.rng)[0].double().cpu().numpy()
-            value, vector = _largest(deflated, op.n, 1, again - found.T @ (found @ again), request.tol)
+            found = orthonormal(rows)
+            again = op.random_rows(1, request.rng)[0].double()
+            value, row = largest(deflated, op.n, 1, again - (again @ found.T) @ found, request.tol)
             if value[0] <= values[0] + request.tol:
                 break
-            values, vectors = np.append(values[1:], value), np.hstack([vectors[:, 1:], vector])
-            order = np.argsort(values)
-            values, vectors = values[order], vectors[:, order]
-        return op.tensor(vectors.T)
+            values, order = torch.cat([values[1:], value]).sort()
+            rows = torch.cat([rows[1:], row])[order]
+        return op.tensor(rows)
     except (Stop, ArpackError):
         return watched.best(*((count, 0) if sign > 0 else (0, count)), request.rng)
 
 
-def _largest(
-    product: Callable[[Vectors], Vectors], n: int, count: int, start: Vectors, tol: float
-) -> tuple[Vectors, Vectors]:
-    matrix = LinearOperator((n, n), matvec=product, dtype=np.float64)
+def _largest(product: Product, n: int, count: int, start: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+    def multiply(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        # A copy: x is a view of ARPACK's workspace, and what is watched is kept.
+        return product(torch.tensor(x[None], device=start.device))[0].cpu().numpy()
+
+    matrix = LinearOperator((n, n), matvec=multiply, dtype=np.float64)
     # The margin keeps pairs converged after their residuals are computed afresh; the budget is the product's to end.
     values, vectors = eigsh(
-        matrix, count, which="LA", v0=start, tol=tol / 2, ncv=basis_size(count), maxiter=np.iinfo(np.int32).max
+        matrix,
+        count,
+        which="LA",
+        v0=start.cpu().numpy(),
+        tol=tol / 2,
+        ncv=basis_size(count),
+        maxiter=np.iinfo(np.int32).max,
     )
     order = np.argsort(values)
-    return values[order], vectors[:, order]
+    return tuple(torch.tensor(part, device=start.device) for part in (values[order], vectors.T[order]))  # type: ignore[return-value]

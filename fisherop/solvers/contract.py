@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -129,6 +130,26 @@ class Found:
     nullity: int | None = None
     note: str = ""
     doubt: str = ""
+
+
+Answer = TypeVar("Answer")
+Kind = Literal["rows", "factor", "factor_adjoint"]
+Ask = tuple[Kind, Tensor]
+"""A product that is wanted: the method of the operator, and the rows to multiply."""
+
+Steps = Generator[Ask, Tensor, Answer]
+"""A computation that yields the products it wants and is sent them, so that many can share each product."""
+
+
+def run(op: RowOperator, steps: Steps[Answer]) -> Answer:
+    """Carry out a computation with an operator of its own."""
+    try:
+        kind, rows = next(steps)
+        while True:
+            kind, rows = steps.send(getattr(op, kind)(rows))
+    except StopIteration as end:
+        answer: Answer = end.value
+        return answer
 
 
 def orthonormal(rows: Tensor, against: Tensor | None = None) -> Tensor:

@@ -6,26 +6,28 @@ eigenvectors u give those of F as L^T u / sqrt(lambda), and everything orthogona
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop.rows import RowOperator
-from fisherop.solvers.contract import Control, Found, Request, orthonormal, symmetric
+from fisherop.solvers.contract import Control, Found, Kind, Request, Steps, orthonormal, run, symmetric
 
 BLOCK = 64
 
 
 def solve(op: RowOperator, request: Request, control: Control) -> Found:
     """Return the wanted pairs by a dense eigendecomposition of size min(m, n)."""
-    if op.factored and op.m < op.n:
-        return _short_side(op, request, control)
-    if op.factored:
-        columns = _images_of_identity(op.factor, op.n, op, control).double()
-        matrix = columns @ columns.T
-    else:
-        matrix = symmetric(_images_of_identity(op.rows, op.n, op, control).double())
+    return run(op, steps(op, request, control))
+
+
+def steps(op: RowOperator, request: Request, control: Control) -> Steps[Found]:
+    """Do what `solve` does, asking for every product."""
+    if op.m is not None and op.m < op.n:
+        return (yield from _short_side(op, request, control))
+    columns = (yield from _images_of_identity("factor" if op.factored else "rows", op.n, op, control)).double()
+    matrix = columns @ columns.T if op.factored else symmetric(columns)
     values, vectors = (part.flip(-1) for part in torch.linalg.eigh(matrix))
     wanted = [*range(request.largest), *range(op.n - request.smallest, op.n)]
     return Found(vectors[:, wanted].T.to(op.dtype).contiguous(), float(values[0]), _zeros(values, op))
@@ -35,6 +37,15 @@ def solve_small(op: RowOperator, request: Request, control: Control) -> Found:
     """Solve a problem that is too small for an iterative method, and say so."""
     found = solve(op, request, control)
     return Found(found.vectors, found.lambda_max, found.nullity, "n is so small that the dense problem was solved")
+
+
+def spectrum(op: RowOperator) -> NDArray[np.float64]:
+    """Return all eigenvalues, descending, but for the n - m zeros where m < n."""
+    product: Kind = ("factor_adjoint" if size(op) < op.n else "factor") if op.factored else "rows"
+    matrix = run(op, _images_of_identity(product, size(op), op, Control(op, size(op)))).double()
+    values = torch.linalg.eigvalsh(matrix @ matrix.T if op.factored else symmetric(matrix))
+    descending: NDArray[np.float64] = values.flip(0).clamp(min=0).cpu().numpy()
+    return descending
 
 
 def size(op: RowOperator) -> int:
@@ -47,9 +58,9 @@ def n_bytes(op: RowOperator) -> int:
     return int(8 * size(op) * max(op.n, op.m or op.n))
 
 
-def _short_side(op: RowOperator, request: Request, control: Control) -> Found:
+def _short_side(op: RowOperator, request: Request, control: Control) -> Steps[Found]:
     assert op.m is not None
-    factor = _images_of_identity(op.factor_adjoint, op.m, op, control).double()
+    factor = (yield from _images_of_identity("factor_adjoint", op.m, op, control)).double()
     values, vectors = (part.flip(-1) for part in torch.linalg.eigh(factor @ factor.T))
     rank = op.m - _zeros(values, op)
     left = vectors[:, :rank] / values[:rank].sqrt()
@@ -64,12 +75,12 @@ def _short_side(op: RowOperator, request: Request, control: Control) -> Found:
     return Found(rows.to(op.dtype), float(values[0]), op.n - rank)
 
 
-def _images_of_identity(product: Callable[[Tensor], Tensor], order: int, op: RowOperator, control: Control) -> Tensor:
+def _images_of_identity(product: Kind, order: int, op: RowOperator, control: Control) -> Steps[Tensor]:
     blocks = []
     for start in range(0, order, BLOCK):
         rows = torch.zeros(min(BLOCK, order - start), order, dtype=op.dtype, device=op.device)
         rows[torch.arange(len(rows)), start + torch.arange(len(rows))] = 1
-        blocks.append(product(rows))
+        blocks.append((yield product, rows))
         control.step()
     return torch.cat(blocks)
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fisherop.rows import RowOperator
-from fisherop.solvers.contract import Control, Found, Request, gram, null_dimension
+from fisherop.solvers.contract import Control, Found, Request, Steps, gram, null_dimension, run
 
 BASIS_BYTES = 1 << 30
 BASIS_ROWS = 1500
@@ -39,6 +39,7 @@ COLUMNS = 1 << 14
 EXACT_EVERY = 1.1  # rows, relative to those at the last exact eigenproblem, at which to solve it again
 CONFIRMED_EVERY = 1.015  # the same where the pairs seem to have converged
 ESTIMATED_FROM = 30  # Ritz vectors at each end that pairs are estimated from between
+SHARED_EVERY = 1.04  # the same for all judgements where products are shared, and cost less than a judgement
 TINY = torch.finfo(torch.float64).tiny
 
 Matrix = Tensor
@@ -49,9 +50,16 @@ def solve(
     op: RowOperator, request: Request, control: Control, *, block: int | None = None, basis: int | None = None
 ) -> Found:
     """Find the pairs wanted at both ends in one space, with `block` rows a step and `basis` rows in memory."""
+    return run(op, steps(op, request, control, block=block, basis=basis))
+
+
+def steps(
+    op: RowOperator, request: Request, control: Control, *, block: int | None = None, basis: int | None = None
+) -> Steps[Found]:
+    """Do what `solve` does, asking for every product."""
     width = min(op.n, block or max(1, request.smallest))
     given = 0 if request.v0 is None else len(request.v0)
-    room = basis or min(BASIS_ROWS, BASIS_BYTES // (op.n * op.dtype.itemsize))
+    room = basis or min(BASIS_ROWS, rows_in_memory(op))
     space = SearchSpace(op, max(room, 3 * (request.k + width + given)))
     space.inject(request.start(op, min(op.n, width + given)))
     # Rows that the caller gave are not random: they may lack any eigenvector.
@@ -61,20 +69,29 @@ def solve(
         if space.full(directions.shape[1]):
             space.restart(pairs.kept(space))
             continue
-        space.expand(directions)
+        yield from space.expand(directions)
         pairs.follow(space)
         if control.step(pairs.residuals) or pairs.converged:
             break
     pairs.update(space)
     found = Found(pairs.vectors(space), pairs.lambda_max, null_dimension(op, pairs.values, pairs.lambda_max))
-    if not pairs.converged or space.done == op.n or nothing_missed(space, pairs, room, control):
+    if not pairs.converged or space.done == op.n or (yield from nothing_missed(space, pairs, room, control)):
         return found
     if control.stopped or control.iteration >= control.maxiter:
         return replace(found, doubt="stopped before it was certain that no copy of a multiple eigenvalue was missed")
-    return solve(op, replace(request, v0=None), control, block=max(request.largest, width), basis=basis)
+    return (yield from steps(op, replace(request, v0=None), control, block=max(request.largest, width), basis=basis))
 
 
-def nothing_missed(space: SearchSpace, pairs: Pairs, room: int, control: Control) -> bool:
+def rows_in_memory(op: RowOperator) -> int:
+    """Return how many rows a search space may hold: on a CUDA device, half of what is free there."""
+    allowed = BASIS_BYTES
+    if op.device.type == "cuda":
+        unused = torch.cuda.memory_reserved(op.device) - torch.cuda.memory_allocated(op.device)
+        allowed = (torch.cuda.mem_get_info(op.device)[0] + unused) // 2
+    return int(allowed // op.sharers // (op.n * op.dtype.itemsize))
+
+
+def nothing_missed(space: SearchSpace, pairs: Pairs, room: int, control: Control) -> Steps[bool]:
     """Search what is orthogonal to all that is known, by Lanczos from a random row, for pairs that were missed.
 
     The polynomial of a Lanczos run cannot be large at an eigenvalue, unless the start row all but lacks its vector.
@@ -90,7 +107,7 @@ def nothing_missed(space: SearchSpace, pairs: Pairs, room: int, control: Control
     enough = math.log(math.sqrt(2 * space.op.n / math.pi) / MISSED)
     stop, judged = False, 0
     while rest.pending and doubts and not rest.full(1) and not stop:
-        rest.expand(_eye(1))
+        yield from rest.expand(_eye(1))
         stop = control.step(pairs.residuals)
         steps = rest.done - len(known)
         if steps < CONFIRMED_EVERY * judged and not stop:
@@ -154,15 +171,17 @@ class SearchSpace:
         self.rows[: len(rows)] = rows
         self.done = self.size = self.near = len(rows)
 
-    def expand(self, directions: Matrix) -> None:
+    def expand(self, directions: Matrix) -> Steps[None]:
         """Multiply combinations of the pending rows by F."""
         self._turn(directions)
         first, last = self.done, self.done + directions.shape[1]
-        products = self.op.rows(self.rows[first:last])
-        self.scale = max(self.scale, float(products.norm(dim=1).max()))
+        products = yield "rows", self.rows[first:last]
         # A Krylov product lies in the rows of the last step, those of this one and the pending ones.
-        floor = 2 * torch.finfo(self.op.dtype).eps * self.scale
-        inside, fresh, outside = self._split(products, self.near, floor)
+        if len(products) == 1:
+            inside, fresh, outside = self._split_row(products, self.near)
+        else:
+            self.scale = max(self.scale, float(products.norm(dim=1).max()))
+            inside, fresh, outside = self._split(products, self.near, self._floor())
         self.h[: self.size, first:last] = inside
         count = self._append(fresh)
         self.h[self.size - count : self.size, first:last] = outside[:count]
@@ -194,6 +213,38 @@ class SearchSpace:
         pending = slice(self.done, self.size)
         self.rows[pending] = turn.T.to(self.rows) @ self.rows[pending]
         self.h[pending, : self.done] = turn.T @ self.coupling()
+
+    def _floor(self) -> float:
+        """Return the norm at which what is left of a product is rounding."""
+        return 2 * torch.finfo(self.op.dtype).eps * self.scale
+
+    def _split_row(self, row: Tensor, near: int) -> tuple[Matrix, Tensor, Matrix]:
+        """Do to a product of one row what `_split` does to a block, waiting for the device once, not at every pass."""
+        starts = [near, 0] if near else [0]
+        sizes, parts, fresh = [row.norm(dtype=torch.float64)], [], row
+        for first in starts:
+            fresh = fresh / sizes[-1].to(fresh)
+            rows = self.rows[first : self.size]
+            part = rows @ fresh.T
+            fresh = fresh - part.T @ rows
+            parts.append(part.flatten().double())
+            sizes.append(fresh.norm(dtype=torch.float64))
+        lengths = [len(sizes), *map(len, parts)]
+        known, *parts = torch.split(torch.cat([torch.stack(sizes), *parts]).cpu(), lengths)
+        self.scale = max(self.scale, float(known[0]))
+        inside, outside = torch.zeros(self.size, 1, dtype=torch.float64), known[0]
+        for first, part, size in zip(starts, parts, known[1:], strict=True):
+            if outside <= self._floor():
+                break
+            inside[first:, 0] += part * outside
+            outside = outside * size
+        if outside <= self._floor():
+            return inside, row[:0], outside.new_zeros(0, 1)
+        fresh = fresh / sizes[-1].to(fresh)
+        if known[-1] > 0.5:
+            return inside, fresh, outside.reshape(1, 1)
+        more, fresh, left = self._split(fresh, 0, self._floor() / float(outside))
+        return inside + more * outside, fresh, left * outside
 
     def _split(self, block: Tensor, near: int, floor: float) -> tuple[Matrix, Tensor, Matrix]:
         """Write block = inside^T rows + outside^T fresh, fresh rows orthonormal; what is below floor is dropped."""
@@ -239,6 +290,9 @@ class Pairs:
 
     def follow(self, space: SearchSpace) -> None:
         """Bring the wanted pairs up to date after products: exactly where it is time, or where they may be there."""
+        seen = len(self.current)
+        if space.op.sharers > 1 and space.pending == 1 and seen < space.done < SHARED_EVERY * seen:
+            return
         fresh = space.done / max(len(self.values), 1)
         if fresh < EXACT_EVERY:
             self._estimate(space)

@@ -1,0 +1,337 @@
+"""What a survey is made of: models and images by name, and the cells of the grid, each with a key that says all of it.
+
+The key of a cell is a hash of everything that its numbers depend on: what is asked, the image's bytes, the model's
+weights or the name of the function that makes it, the layer, the noise, the seed.
+
+>>> from fisherop.surveys.cells import fingerprint
+>>> fingerprint({"k": 2, "noise": None}) == fingerprint({"noise": None, "k": 2})
+True
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import issparse
+from torch import Tensor, nn
+
+from fisherop import images as image_files
+from fisherop import models as named_models
+from fisherop.models import is_factory
+
+OUTPUT = "output"
+"""The name, among layers, of a model's own response."""
+
+MODEL_FILES = (".pt", ".pth", ".pt2")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked of every cell, in the words of `eigendistortions`, and the noise of the responses."""
+
+    k: int
+    which: str
+    method: str
+    tol: float | None
+    maxiter: int | None
+    noise: Any
+    spectrum: bool
+    seed: int
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a sidecar says of them; the noise by its kind and its fingerprint."""
+        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        noise = type(self.noise).__name__ if self.noise is not None else "Gaussian"
+        return facts | {"noise": noise, "noise_fingerprint": fingerprint(self.noise)}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model's layer at one image.
+
+    Attributes
+    ----------
+    image, layer, model : str
+        Names; the layer's is `OUTPUT` for the model's own response.
+    reach : str, int or None
+        The layer as `Layer` takes it; None for the model's own response.
+    key : str
+        The hash of all that the numbers depend on.
+    image_fingerprint, model_fingerprint : str
+        Parts of it.
+    """
+
+    image: str
+    layer: str
+    model: str
+    reach: str | int | None
+    key: str
+    image_fingerprint: str
+    model_fingerprint: str
+
+    @property
+    def name(self) -> tuple[str, str, str]:
+        """Image, layer and model."""
+        return self.image, self.layer, self.model
+
+
+class Grid:
+    """All cells of a survey, checked, in the order in which they are computed.
+
+    Models come one after another, so that a worker need not hold all of them, and the layers of an image together.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Any],
+        images: Mapping[str, Any],
+        layers: Sequence[str | int | None] | Mapping[str, Sequence[str | int | None]] | None,
+        settings: Settings,
+    ) -> None:
+        self.models = _named(models, "models")
+        self.images = _named(images, "images")
+        self.layers = {name: _layers_of(name, layers) for name in self.models}
+        self.settings = settings
+        for name, source in self.models.items():
+            _check_model(name, source)
+        if isinstance(layers, Mapping) and set(layers) - set(models):
+            raise ValueError(f"layers are given for models that there are not: {', '.join(set(layers) - set(models))}")
+        self._loaded: tuple[str, NDArray[Any] | None] = ("", None)
+
+    def cells(self) -> list[Cell]:
+        """Return the cells; every image is read once for its fingerprint."""
+        asked = fingerprint(self.settings)
+        of_images = {name: self._image_fingerprint(name) for name in self.images}
+        found = []
+        for model, source in self.models.items():
+            of_model = fingerprint(source)
+            for image, of_image in of_images.items():
+                for label, reach in self.layers[model].items():
+                    key = fingerprint((asked, of_image, of_model, reach, image, label, model))
+                    found.append(Cell(image, label, model, reach, key, of_image, of_model))
+        return found
+
+    def image(self, name: str) -> NDArray[Any]:
+        """Return an image as an array, (1, C, H, W) or of any shape that the models take.
+
+        An array, for a tensor would travel to a process through shared memory that outlives a killed one.
+        """
+        last, array = self._loaded
+        if last != name or array is None:
+            array = _image(self.images[name])
+            self._loaded = (name, array)
+        return array
+
+    def _image_fingerprint(self, name: str) -> str:
+        try:
+            return fingerprint(self.image(name))
+        except (OSError, ValueError) as error:  # its cells will fail, and be recorded; the others need not
+            return f"unreadable: {fingerprint(str(error))}"
+
+
+def _named(sources: Any, what: str) -> dict[str, Any]:
+    if not isinstance(sources, Mapping) or not sources or not all(isinstance(name, str) and name for name in sources):
+        raise TypeError(f"{what} must be a dict of names to {what}, with one at least, not {sources!r:.60}")
+    return dict(sources)
+
+
+def _layers_of(model: str, layers: Any) -> dict[str, str | int | None]:
+    if isinstance(layers, Mapping):
+        layers = layers.get(model)
+    if isinstance(layers, (str, int)):
+        raise TypeError(f"layers must be a list of layers, or a dict of such lists for models, not {layers!r}")
+    listed = [None] if layers is None else list(layers)
+    labels = {OUTPUT if layer is None else str(layer): layer for layer in listed}
+    if not listed or len(labels) != len(listed):
+        raise ValueError(f"layers of {model!r} must be one or more, each named once, not {listed}")
+    return labels
+
+
+def _check_model(name: str, source: Any) -> None:
+    if not isinstance(source, (str, os.PathLike)) and not callable(source):
+        raise TypeError(
+            f"models[{name!r}] must be a Module, a function of an image, a function without arguments that makes one "
+            f"of them, a name such as 'torchvision:resnet18', or a file, not {type(source).__name__}"
+        )
+    if _is_model_file(source) and not os.path.isfile(source):
+        raise ValueError(f"models[{name!r}] is a file {os.fspath(source)!r} that does not exist")
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+
+
+def build(source: Any, seed: int) -> tuple[Callable[[Tensor], Any], str | None]:
+    """Return the model that a source stands for, and what its user should know of its weights.
+
+    Random weights are drawn with the seed; torch's own random state stays as it was.
+    """
+    if _is_model_file(source):
+        model, note = _from_file(Path(source)), None
+    elif isinstance(source, str):
+        model, note = named_models.load(source.removeprefix("torchvision:"), seed=seed)
+    elif is_factory(source):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model, note = source(), None
+        if not callable(model):
+            raise TypeError(f"the function that makes the model returned {type(model).__name__}, which is none")
+    else:
+        return source, None
+    return (model.eval() if isinstance(model, nn.Module) and not _is_model_file(source) else model), note
+
+
+def _is_model_file(source: Any) -> bool:
+    return isinstance(source, os.PathLike) or (isinstance(source, str) and source.endswith(MODEL_FILES))
+
+
+def _from_file(path: Path) -> Callable[[Tensor], Any]:
+    """Return the model in a file of `torch.export.save`, or of `torch.save` of a whole Module, which is a pickle."""
+    if path.suffix == ".pt2":
+        model = torch.export.load(path).module()
+    else:
+        model = torch.load(path, map_location="cpu", weights_only=False)
+        if isinstance(model, nn.Module):
+            model = model.eval()
+    if not callable(model):
+        raise TypeError(f"{str(path)!r} holds no model but {type(model).__name__}: give a function that loads it")
+    return model
+
+
+def _image(source: Any) -> NDArray[Any]:
+    made = source() if is_factory(source) else source
+    if isinstance(made, (str, os.PathLike)):
+        name = os.fspath(made)
+        made = np.load(name, allow_pickle=False) if name.endswith(".npy") else image_files.load(name)
+    array = made.detach().cpu().numpy() if isinstance(made, Tensor) else np.asarray(made)
+    if array.dtype not in (np.float32, np.float64):
+        raise ValueError(f"an image must have float32 or float64 values, not {array.dtype}: divide bytes by 255")
+    return array
+
+
+# --------------------------------------------------------------------------------------------------------- fingerprint
+
+
+def fingerprint(x: Any) -> str:
+    """Return a hash of a value: the same for equal content, in every process and on every machine.
+
+    Numbers, text, containers, arrays, tensors, Modules (their architecture in words and their weights), files of
+    models, dataclasses and partial functions are known by their content; functions and classes by their names.
+    """
+    digest = hashlib.sha256()
+    for part in _parts(x):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()[:32]
+
+
+def _parts(x: Any) -> Iterator[Any]:
+    """Yield bytes that tell a value from all others."""
+    if x is None or isinstance(x, (bool, int, float, complex, str, bytes)):
+        yield f"{type(x).__name__} {x!r}".encode() if not _is_model_file(x) else b"file " + _file_digest(x)
+    elif isinstance(x, os.PathLike):
+        yield b"file " + _file_digest(x)
+    elif isinstance(x, Tensor):
+        yield from _parts(x.detach().cpu().resolve_conj().resolve_neg().numpy())
+    elif isinstance(x, np.ndarray) and x.dtype != object:
+        yield f"array {x.dtype.str} {x.shape}".encode()
+        yield np.ascontiguousarray(x).reshape(-1).view(np.uint8).data
+    elif isinstance(x, (np.generic, torch.dtype, torch.device, torch.Size)):
+        yield f"{type(x).__name__} {x}".encode()
+    elif isinstance(x, nn.Module):
+        yield f"module {_path(type(x))} {x!r}".encode()
+        yield from _parts(dict(x.state_dict()))
+    elif isinstance(x, Mapping):
+        yield f"mapping {len(x)}".encode()
+        for key in sorted(x, key=str):
+            yield from _parts(key)
+            yield from _parts(x[key])
+    elif isinstance(x, (list, tuple)):
+        yield f"sequence {len(x)}".encode()
+        for item in x:
+            yield from _parts(item)
+    elif dataclasses.is_dataclass(x) and not isinstance(x, type):
+        yield f"dataclass {_path(type(x))}".encode()
+        yield from _parts({field.name: getattr(x, field.name) for field in dataclasses.fields(x)})
+    elif isinstance(x, partial):
+        yield b"partial"
+        yield from _parts((x.func, x.args, x.keywords))
+    elif issparse(x):
+        yield from _parts(("sparse", x.shape, *_sorted_coordinates(x)))
+    elif hasattr(x, "__qualname__"):
+        yield f"name {_path(x)}".encode()
+        if getattr(x, "__self__", None) is not None and not isinstance(x.__self__, type(os)):
+            yield from _parts(x.__self__)
+    else:
+        yield f"object {_path(type(x))}".encode()
+        yield pickle.dumps(x, protocol=4)
+
+
+def _path(x: Any) -> str:
+    return f"{getattr(x, '__module__', '')}:{x.__qualname__}"
+
+
+def _sorted_coordinates(x: Any) -> tuple[Any, ...]:
+    coordinates = x.tocsr().tocoo()
+    return coordinates.row, coordinates.col, coordinates.data
+
+
+def _file_digest(path: Any) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest().encode()
+
+
+# ---------------------------------------------------------------------------------------------------------------- seeds
+
+
+def root_seed(rng: Any) -> int:
+    """Return the number that all seeds of a survey come from: 0 for None, for else a rerun would find nothing."""
+    if rng is None or (isinstance(rng, (int, np.integer)) and not isinstance(rng, bool)):
+        if rng is not None and rng < 0:
+            raise ValueError(f"rng must be a whole number of at least 0, not {rng}")
+        return int(rng or 0)
+    try:
+        return int(np.random.default_rng(rng).integers(2**63))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"rng must be a whole number or a numpy.random.Generator, not {rng!r}") from error
+
+
+def seed_of(root: int, *names: str) -> int:
+    """Return the seed of what has these names: neither order nor worker has a part in it."""
+    words = hashlib.sha256(json.dumps([root, *names]).encode()).digest()
+    return int.from_bytes(words[:6], "little")  # JSON keeps whole numbers up to 2**53
+
+
+# ---------------------------------------------------------------------------------------------------------- travelling
+
+
+def packed(x: Any, what: str) -> bytes:
+    """Return an object as bytes that any Python process turns back.
+
+    cloudpickle, which comes with Dask and loky, also takes functions of the main script and lambdas.
+    """
+    buffer = io.BytesIO()
+    try:
+        try:
+            from cloudpickle import dump
+        except ImportError:
+            from pickle import dump
+        dump(x, buffer)
+    except Exception as error:  # picklers raise all kinds
+        raise TypeError(
+            f"{what} cannot be sent to other processes ({error}): give a name such as 'package.module:function', or a "
+            "function of an importable module that makes it"
+        ) from error
+    return buffer.getvalue()

@@ -1,0 +1,589 @@
+"""A survey in process: what a cell is, what the store keeps, and what is read from it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import survey_models
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fisherop as fo
+from fisherop.surveys.cells import fingerprint, seed_of
+from fisherop.surveys.store import Store
+from fisherop.surveys.work import TUNING
+
+pandas = pytest.importorskip("pandas")
+pytest.importorskip("xarray")
+
+MODELS = {"small": survey_models.small, "grey mean": survey_models.Slow}
+LAYERS = {"small": ["0", "2", None], "grey mean": [None]}
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+
+def picture(seed: int, shape: tuple[int, ...] = (1, 3, 12, 12), dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def pictures(count: int) -> dict[str, torch.Tensor]:
+    return {f"image {i}": picture(i) for i in range(count)}
+
+
+def run(store: Path, models=MODELS, images=None, layers=LAYERS, **options) -> fo.Survey:
+    return fo.survey(models, images or pictures(2), layers, store=store, **options)
+
+
+def files(store: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+
+
+def same(a: fo.Eigendistortions, b: fo.Eigendistortions) -> bool:
+    arrays = ("eigenvalues", "index", "residuals", "converged", "eigenvalue_bounds")
+    return torch.equal(a.eigendistortions, b.eigendistortions) and all(
+        np.array_equal(getattr(a, name), getattr(b, name)) for name in arrays
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- cells
+
+
+def test_cell_is_what_the_bare_call_returns(tmp_path):
+    model = survey_models.small().eval()
+    survey = run(tmp_path, {"net": model}, None, ["2"], k=3, noise=fo.noise.Gaussian(4.0), rng=5)
+    F = fo.FisherOperator(fo.Layer(model, "2"), pictures(2)["image 1"], noise=fo.noise.Gaussian(4.0))
+    expected = fo.eigendistortions(F, k=3)
+    found = survey.result("image 1")
+    np.testing.assert_allclose(found.eigenvalues, expected.eigenvalues, rtol=1e-4, atol=1e-4 * found.lambda_max)
+    assert found.converged.all()
+    torch.testing.assert_close(found.image, pictures(2)["image 1"], rtol=0, atol=0)
+
+
+def test_result_depends_on_neither_order_nor_company(tmp_path):
+    whole = run(tmp_path / "whole")
+    images = dict(reversed(pictures(3).items()))
+    part = run(tmp_path / "part", {"small": survey_models.small}, images, [None, "2"])
+    for image in pictures(2):
+        for layer in ("2", "output"):
+            assert same(whole.result(image, layer, "small"), part.result(image, layer, "small"))
+
+
+def test_other_seed_gives_other_random_weights_and_the_same_one_the_same(tmp_path):
+    one, same_seed, other = (
+        run(tmp_path / str(i), {"small": survey_models.small}, None, ["0"], rng=seed).result("image 0")
+        for i, seed in enumerate((3, np.int64(3), 4))
+    )
+    assert same(one, same_seed)
+    assert not np.allclose(one.eigenvalues, other.eigenvalues)
+
+
+def test_global_random_state_and_threads_are_as_before(tmp_path):
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    torch.set_num_threads(threads + 1)
+    try:
+        run(tmp_path)
+        assert torch.get_num_threads() == threads + 1
+        assert torch.equal(torch.rand(3), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_images_follow_the_model_to_its_precision(tmp_path):
+    survey = run(tmp_path, {"wide": survey_models.small().double().eval()}, None, ["0"])
+    assert survey.result("image 0").image.dtype == torch.float64
+
+
+@pytest.mark.parametrize("source", ["file", "array file", "function", "array"])
+def test_images_are_files_functions_or_arrays(tmp_path, source):
+    x = (picture(0) * 255).round() / 255
+    np.save(tmp_path / "x.npy", x.numpy())
+    if source == "file":
+        image = pytest.importorskip("PIL.Image")
+        image.fromarray((x[0].movedim(0, -1) * 255).round().byte().numpy()).save(tmp_path / "x.png")
+    made = {
+        "file": str(tmp_path / "x.png"),
+        "array file": tmp_path / "x.npy",
+        "function": partial(np.load, tmp_path / "x.npy"),
+        "array": x.numpy(),
+    }[source]
+    survey = run(tmp_path / "store", images={"x": made}, models={"small": survey_models.small}, layers=["0"])
+    torch.testing.assert_close(survey.result().image, x, rtol=0, atol=1e-6)
+
+
+def test_models_are_files_names_functions_or_modules(tmp_path):
+    module = survey_models.small().eval()
+    torch.save(module, tmp_path / "whole.pt")
+    torch.export.save(torch.export.export(module, (picture(0, (1, 3, 32, 32)),)), tmp_path / "exported.pt2")
+    models = {
+        "module": module,
+        "file": tmp_path / "whole.pt",
+        "exported": str(tmp_path / "exported.pt2"),
+        "function": torch.nn.functional.silu,
+        "name": "survey_models:small",
+        "torchvision": "torchvision:squeezenet1_1",
+    }
+    pytest.importorskip("torchvision")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fo.models, "_fetch", lambda url: (_ for _ in ()).throw(OSError("no network here")))
+        survey = run(tmp_path / "store", models, {"x": picture(0, (1, 3, 32, 32))}, None, k=1, which="LM")
+    assert survey.failures() == []
+    values = [survey.result(model=name).eigenvalues for name in ("module", "file", "exported")]
+    np.testing.assert_allclose(values, np.broadcast_to(values[0], (3, 1)), rtol=1e-5)
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+
+
+@given(st.recursive(SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(), x, max_size=3)))
+def test_fingerprint_tells_values_apart_and_ignores_the_order_of_dicts(x):
+    assert fingerprint([x]) != fingerprint(x) != fingerprint({"x": x})
+    assert fingerprint({"a": x, "b": 1}) == fingerprint({"b": 1, "a": x})
+
+
+def test_fingerprint_knows_content():
+    a, b = survey_models.small(), survey_models.small()
+    assert fingerprint(a) != fingerprint(b)
+    b.load_state_dict(a.state_dict())
+    assert fingerprint(a) == fingerprint(b)
+    b[2].stride = (2, 2)
+    assert fingerprint(a) != fingerprint(b)
+    x = torch.arange(6.0)
+    assert fingerprint(x) == fingerprint(x.numpy()) == fingerprint(torch.stack([x, x], 1)[:, 0])
+    assert len({fingerprint(y) for y in (x, x.double(), x.reshape(2, 3), x + 1)}) == 4
+    noises = [fo.noise.Gaussian(1.0), fo.noise.Gaussian(2.0), fo.noise.Gaussian(x), fo.noise.Poisson(), None]
+    assert len({fingerprint(noise) for noise in noises}) == 5
+    assert fingerprint(partial(survey_models.small)) != fingerprint(survey_models.small)
+
+
+@given(st.integers(0, 2**70), st.text(), st.text())
+def test_seeds_are_told_apart_by_every_name(root, a, b):
+    assert seed_of(root, a, b) == seed_of(root, a, b)
+    assert len({seed_of(root, a, b), seed_of(root, a + b), seed_of(root, a, b, ""), seed_of(root + 1, a, b)}) == 4
+
+
+# -------------------------------------------------------------------------------------------------------------- resume
+
+
+def test_rerun_computes_only_what_is_missing(tmp_path):
+    run(tmp_path, images=pictures(1))
+    before = files(tmp_path)
+    survey = run(tmp_path, images=pictures(2))
+    after = files(tmp_path)
+    assert before.items() <= after.items()
+    assert len(survey) == 8
+    assert len(after) == 2 * 8
+    assert run(tmp_path, images=pictures(2)).table().equals(survey.table())
+    assert files(tmp_path) == after
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"k": 3},
+        {"which": "LM"},
+        {"method": "lobpcg"},
+        {"tol": 1e-3},
+        {"rng": 1},
+        {"noise": fo.noise.Gaussian(2.0)},
+        {"images": {"image 0": picture(9)}},
+        {"models": {"small": survey_models.small().eval()}},
+    ],
+)
+def test_other_question_is_another_cell(tmp_path, change):
+    first = {"models": {"small": survey_models.small}, "images": pictures(1), "layers": ["0"]}
+    run(tmp_path, **first)
+    survey = run(tmp_path, **(first | change))
+    assert len(list(tmp_path.rglob("*.npz"))) == 2
+    assert len(survey) == 1
+
+
+def test_failed_cell_is_recorded_and_the_others_go_on_and_it_is_retried_on_request(tmp_path, monkeypatch):
+    rain = tmp_path / "rain"
+    rain.touch()
+    monkeypatch.setenv("SURVEY_FLAKY", str(rain))
+    models = {"flaky": survey_models.Flaky, "small": survey_models.small}
+    store = tmp_path / "store"
+    survey = run(store, models, layers=None)
+    assert (len(survey), len(survey.failures())) == (4, 2)
+    failure = survey.failures()[0]
+    assert (failure.model, failure.error, failure.message) == ("flaky", "RuntimeError", "it rains")
+    assert "survey_models.py" in failure.traceback
+    assert "it rains" in str(failure)
+    with pytest.raises(KeyError, match="it rains"):
+        survey.result("image 0", model="flaky")
+    rain.unlink()
+    assert len(run(store, models, layers=None).failures()) == 2
+    assert run(store, models, layers=None, retry_failed=True).failures() == []
+    assert fo.Survey.open(store).failures() == []
+
+
+def test_what_does_not_exist_fails_alone(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    images = pictures(1) | {"broken": tmp_path / "broken.png", "bytes": torch.zeros(1, 3, 9, 9, dtype=torch.uint8)}
+    models = {"small": survey_models.small, "grey": survey_models.Grey, "nobody": "survey_models:nobody"}
+    survey = run(tmp_path / "store", models, images, {"small": ["0", "7"]})
+    assert len(survey) == 12
+    assert [record.name for record in survey.records if record.done] == [("image 0", "0", "small")]
+    messages = " ".join(failure.message for failure in survey.failures())
+    for words in ("no image that Pillow can read", "divide bytes by 255", "has no layer '7'", "has no 'nobody'"):
+        assert words in messages
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "sidecar flipped", "sidecar cut", "sidecar empty"])
+def test_damaged_cell_is_set_aside_and_computed_again(tmp_path, damage):
+    whole = run(tmp_path)
+    expected = {record.name: whole.read(record) for record in whole.records}
+    victim = sorted(tmp_path.rglob("*.json" if "sidecar" in damage else "*.npz"))[3]
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "gone":
+        victim.unlink()
+    else:
+        victim.write_bytes({"flipped": content, "cut": content[:100], "empty": b""}[damage.split()[-1]])
+    opened = fo.Survey.open(tmp_path)
+    if "sidecar" in damage:
+        assert len(opened) == 7
+    else:
+        with pytest.raises(ValueError, match="run the survey again"):
+            [opened.read(record) for record in opened.records]
+    again = run(tmp_path)
+    assert (len(again), again.failures()) == (8, [])
+    for record in again.records:
+        assert same(again.read(record), expected[record.name])
+    assert any((tmp_path / "damaged").iterdir())
+
+
+def test_store_has_no_pickle_and_says_how_it_was_made(tmp_path):
+    run(tmp_path, rng=7)
+    for path in tmp_path.rglob("*.npz"):
+        with np.load(path, allow_pickle=False) as arrays:
+            assert {array.dtype.kind for array in arrays.values()} <= set("fiubU")
+    path = next(tmp_path.rglob("*.json"))
+    sidecar = json.loads(path.read_text())
+    assert sidecar["settings"]["seed"] == 7
+    assert sidecar["worker"]["versions"]["torch"] == torch.__version__
+    assert len(sidecar["result"]["residuals"]) == 2
+    assert sidecar["seconds"]["all"] > 0
+    data = path.parent / sidecar["data"]["file"]
+    assert hashlib.sha256(data.read_bytes()).hexdigest() == sidecar["data"]["sha256"]
+
+
+def test_two_surveys_on_one_store_do_no_harm(tmp_path):
+    """Interleave two, so that each finds cells that the other has finished meanwhile."""
+    inner_done = []
+
+    def images():
+        if not inner_done:
+            inner_done.append(True)
+            run(tmp_path, {"small": survey_models.small}, {"x": partial(picture, 0), "y": picture(1)}, ["0"])
+        return picture(0)
+
+    run(tmp_path, {"small": survey_models.small}, {"x": picture(0), "z": images}, ["0"])
+    survey = fo.Survey.open(tmp_path)
+    assert {record.image for record in survey.records} == {"x", "y", "z"}
+    assert len(list(tmp_path.rglob("*.npz"))) == len(list(tmp_path.rglob("*.json"))) == 3
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.binary(max_size=50)), max_size=12))
+@settings(max_examples=20)
+def test_first_of_two_that_finish_a_cell_wins_whole(tmp_path_factory, writes):
+    store = Store(tmp_path_factory.mktemp("store"))
+    store.prepare()
+    first: dict[str, bytes] = {}
+    for key, data in writes:
+        store.put(f"{key:032x}", {"cell": {}}, data)
+        first.setdefault(f"{key:032x}", data)
+    for sidecar in store.sidecars():
+        assert store.data(sidecar).read_bytes() == first.pop(sidecar["key"])
+    assert first == {}
+
+
+# --------------------------------------------------------------------------------------------------- disks and signals
+
+CHILD = """
+import resource, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.path.insert(0, {tests!r})
+import survey_models, torch, fisherop as fo
+source = torch.Generator()
+images = {{f"image {{i}}": torch.rand(1, 3, 12, 12, generator=source.manual_seed(i)) for i in range({count})}}
+{setting}
+print("ready", flush=True)
+fo.survey({{"m": survey_models.{model}}}, images, store={store!r}, k=2, which="LM", progress=False)
+"""
+
+
+def child(store: Path, setting: str = "", model: str = "Slow", count: int = 40) -> subprocess.Popen[str]:
+    tests = str(Path(__file__).parent)
+    code = CHILD.format(tests=tests, store=str(store), setting=setting, model=model, count=count)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], text=True, **pipes)
+
+
+def finished(store: Path) -> int:
+    return len(list(store.rglob("*.json")))
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        os.sched_yield()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_survey_leaves_a_store_that_resumes(tmp_path, how):
+    process = child(tmp_path)
+    try:
+        wait_for(lambda: finished(tmp_path) >= 3)
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode != 0
+    assert how != signal.SIGINT or "KeyboardInterrupt" in errors
+    before = {name: data for name, data in files(tmp_path).items() if name.endswith((".json", ".npz"))}
+    assert 3 <= finished(tmp_path) < 40
+    survey = run(tmp_path, {"m": survey_models.Slow}, pictures(40), None, k=2, which="LM")
+    assert (len(survey), survey.failures()) == (40, [])
+    after = files(tmp_path)
+    # A sidecar is what makes a cell exist: an .npz written just before the end may have been written again.
+    assert {name: data for name, data in before.items() if name.endswith(".json")}.items() <= after.items()
+
+
+def test_full_disk_is_one_clear_error_and_loses_nothing(tmp_path):
+    """On a real file system of one megabyte, where mounting one is allowed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk needs privileges that are not here")
+    try:
+        with pytest.raises(OSError, match=r"No space left on device.*is safe") as caught:
+            run(disk / "store", {"m": survey_models.Slow}, pictures(60), None)
+        assert caught.value.errno == errno.ENOSPC
+        survey = fo.Survey.open(disk / "store")
+        count = len(survey)
+        assert 3 < count < 60
+        assert all(survey.read(record).converged.all() for record in survey.records)
+        assert not list(disk.rglob("*.partial"))
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        assert len(run(disk / "store", {"m": survey_models.Slow}, pictures(60), None)) == 60
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert len(run(disk / "store", {"m": survey_models.Slow}, pictures(60), None)) == 60  # nothing is missing
+        with pytest.raises(OSError, match=r"Read-only file system.*is safe"):
+            run(disk / "store", {"m": survey_models.Slow}, pictures(61), None)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_file_that_may_not_grow_is_one_clear_error_and_loses_nothing(tmp_path):
+    """The same without privileges: a limit on the size of files, which the kernel enforces."""
+    run(tmp_path, {"m": survey_models.Slow}, pictures(2), None, k=2, which="LM")
+    setting = "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))"
+    process = child(tmp_path, setting, count=4)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "the store cannot be written (File too large); what is in it is safe" in errors.splitlines()[-1]
+    survey = fo.Survey.open(tmp_path)
+    assert len(survey) == 2
+    assert all(survey.read(record).converged.all() for record in survey.records)
+
+
+def test_store_that_is_a_file_and_no_store_are_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="a store is a folder"):
+        run(tmp_path / "file")
+    with pytest.raises(FileNotFoundError, match="there is no store"):
+        fo.Survey.open(tmp_path / "nothing")
+
+
+def test_unfinished_files_of_dead_processes_are_swept(tmp_path):
+    run(tmp_path, images=pictures(1))
+    folder = next(tmp_path.rglob("*.json")).parent
+    old, young = folder / ".x.npz.1.a.partial", folder / ".y.npz.1.b.partial"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    run(tmp_path, images=pictures(2))
+    assert (old.exists(), young.exists()) == (False, True)
+
+
+# -------------------------------------------------------------------------------------------------------------- opened
+
+
+def test_table_has_a_row_for_every_pair(tmp_path):
+    survey = run(tmp_path, k=3)
+    table = survey.table()
+    assert len(table) == 8 * 3
+    for record in survey.records:
+        image, layer, model = record.name
+        rows = table[(table.image == image) & (table.layer == layer) & (table.model == model)]
+        result = survey.read(record)
+        np.testing.assert_array_equal(rows.eigenvalue, result.eigenvalues)
+        np.testing.assert_array_equal(rows.residual, result.residuals)
+        np.testing.assert_array_equal(rows[["lower", "upper"]], result.eigenvalue_bounds)
+        np.testing.assert_array_equal(rows.threshold, fo.thresholds(result))
+    assert table.converged.all()
+
+
+def test_arrays_are_labelled_and_missing_cells_are_told(tmp_path):
+    survey = run(tmp_path)
+    data = survey.to_xarray(distortions=True)
+    assert dict(data.sizes) == {"image": 2, "layer": 3, "model": 2, "pair": 2, "channel": 3, "row": 12, "column": 12}
+    assert list(data.layer.values) == ["0", "2", "output"]
+    here = data.sel(image="image 1", layer="2", model="small")
+    result = survey.result("image 1", "2", "small")
+    np.testing.assert_array_equal(here.eigenvalue, result.eigenvalues)
+    np.testing.assert_array_equal(here.distortion, result.eigendistortions)
+    np.testing.assert_array_equal(data.picture.sel(image="image 1"), result.image[0])
+    absent = data.sel(layer="2", model="grey mean")
+    assert not absent.done.any()
+    assert np.isnan(absent.eigenvalue).all()
+    assert data.attrs["k"] == 2
+
+
+def test_settings_that_differ_must_be_chosen_from(tmp_path):
+    run(tmp_path, k=2)
+    run(tmp_path, k=3)
+    survey = fo.Survey.open(tmp_path)
+    with pytest.raises(ValueError, match=r"k: 2, 3.*select\(k=2\)"):
+        survey.to_xarray()
+    assert survey.select(k=3).to_xarray().sizes["pair"] == 3
+    assert set(survey.table().k) == {2, 3}
+    assert len(survey.select(model="small", layer=["0", "2"], k=2)) == 4
+    with pytest.raises(ValueError, match="not by colour"):
+        survey.select(colour="red")
+
+
+def test_latest_cell_of_a_name_counts(tmp_path):
+    run(tmp_path, images={"x": picture(0)})
+    run(tmp_path, images={"x": picture(1)})
+    survey = fo.Survey.open(tmp_path)
+    assert len(survey) == 4
+    torch.testing.assert_close(survey.result(layer="0").image, picture(1), rtol=0, atol=0)
+
+
+def test_models_of_one_name_and_different_weights_are_told(tmp_path):
+    run(tmp_path, {"m": survey_models.small().eval()}, {"a": picture(0)}, None)
+    run(tmp_path, {"m": survey_models.small().eval()}, {"b": picture(1)}, None)
+    with pytest.warns(UserWarning, match="cells of m have different weights"):
+        fo.Survey.open(tmp_path)
+
+
+def test_own_D_is_the_difference_of_log_thresholds_and_cross_D_is_the_threshold_table(tmp_path):
+    models = {"a": survey_models.small().eval(), "b": survey_models.small().eval()}
+    survey = run(tmp_path, models, None, [None, "2"])
+    own = survey.compare().D.set_index(["image", "model", "layer"]).D
+    cross = survey.compare(models).D.set_index(["image", "model", "layer", "of_model", "of_layer"]).D
+    for image in pictures(2):
+        ops = {
+            (name, layer): fo.FisherOperator(model if layer == "output" else fo.Layer(model, layer), pictures(2)[image])
+            for name, model in models.items()
+            for layer in ("output", "2")
+        }
+        results = {(name, layer): survey.result(image, layer, name) for name, layer in ops}
+        table = fo.threshold_table(ops, results)
+        for i, a in enumerate(ops):
+            np.testing.assert_allclose(own[(image, *a)], np.log(fo.thresholds(results[a])[[0, -1]]) @ [-1, 1])
+            for j, b in enumerate(ops):
+                np.testing.assert_allclose(cross[(image, *a, *b)], table.D[i, j], rtol=1e-2)
+
+
+def test_angles_are_those_of_scipy_and_curves_average_over_images(tmp_path):
+    from scipy.linalg import subspace_angles
+
+    survey = run(tmp_path, {"small": survey_models.small}, pictures(3), ["0", "2"], k=4)
+    found = survey.compare()
+    row = found.angles[found.angles.image == "image 1"].iloc[0]
+    vectors = [survey.result("image 1", layer).eigendistortions.reshape(4, -1).double().numpy().T for layer in "02"]
+    np.testing.assert_allclose(row.most, subspace_angles(vectors[0][:, :2], vectors[1][:, :2])[0], atol=1e-6)
+    np.testing.assert_allclose(row.least, subspace_angles(vectors[0][:, 2:], vectors[1][:, 2:])[0], atol=1e-6)
+    curve = found.curves.set_index(["layer", "quantity"]).loc[("2", "log10_most")]
+    values = np.log10([survey.result(image, "2").eigenvalues[0] for image in survey.images])
+    np.testing.assert_allclose([curve["mean"], curve.error], [values.mean(), values.std(ddof=1) / 3**0.5])
+    assert curve.images == 3
+
+
+def test_whole_spectrum_is_the_dense_one(tmp_path):
+    survey = run(tmp_path, {"small": survey_models.small().eval()}, pictures(1), ["0"], spectrum=True)
+    [record] = survey.records
+    assert record.spectrum is not None
+    values = np.array(record.spectrum["eigenvalues"])
+    assert record.spectrum["index"][0] == 0
+    np.testing.assert_allclose(values[0], survey.result().eigenvalues[0], rtol=1e-4)
+    assert record.spectrum["index"][-1] == min(record.fact("n"), record.fact("m")) - 1
+    assert record.spectrum["trace"] >= values.sum() * (1 - 1e-6)
+    assert 1 <= record.spectrum["effective_dimension"] <= record.fact("n")
+
+
+# ----------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"models": {}}, "models must be a dict"),
+        ({"models": {"a": 3}}, r"models\['a'\] must be a Module"),
+        ({"models": {"a": "nowhere.pt"}}, "does not exist"),
+        ({"images": [1]}, "images must be a dict"),
+        ({"layers": "0"}, "layers must be a list"),
+        ({"layers": ["0", "0"]}, "each named once"),
+        ({"layers": {"other": ["0"]}}, "models that there are not: other"),
+        ({"k": 0}, "k must be"),
+        ({"which": "XX"}, "which must be"),
+        ({"method": "magic"}, "method must be"),
+        ({"tol": 2.0}, "tol is relative"),
+        ({"noise": 3}, "noise must be"),
+        ({"executor": 3}, "executor must be"),
+        ({"threads": 0}, "threads must be"),
+        ({"rng": "x"}, "rng must be"),
+        ({"rng": -1}, "rng must be"),
+    ],
+)
+def test_mistake_is_told_before_anything_is_written(tmp_path, change, words):
+    arguments = {"models": MODELS, "images": pictures(1), "layers": None} | change
+    with pytest.raises((TypeError, ValueError), match=words):
+        run(tmp_path / "store", **arguments)
+    assert not (tmp_path / "store").exists()
+
+
+def test_import_is_light():
+    heavy = ("pandas", "xarray", "dask", "matplotlib", "loky")
+    code = f"import sys, fisherop; print([m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+    assert callable(fo.survey)
+
+
+def test_variants_by_rule_are_the_same_every_time_and_agree_with_direct_ones():
+    networks = {"fft": (fo.OnOff(), 1), "phases": (torch.nn.Conv2d(3, 8, 7, stride=2), 3)}
+    for variant, (model, channels) in networks.items():
+        image = picture(0, (1, channels, 40, 40))
+        ruled = [fo.FisherOperator(model, image, tuning=TUNING) for _ in range(2)]
+        direct = fo.FisherOperator(model, image, tuning={"block": 2})
+        assert variant in ruled[0].tuning.values()
+        assert ruled[0].tuning == ruled[1].tuning
+        rows = torch.randn(9, image.numel(), generator=torch.Generator().manual_seed(0))
+        assert torch.equal(ruled[0].rows(rows), ruled[1].rows(rows))
+        expected = direct.rows(rows)
+        torch.testing.assert_close(ruled[0].rows(rows), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))

@@ -1,0 +1,222 @@
+"""The page of a survey in a real browser, and surveys on the command line."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import survey_models
+import torch
+
+import fisherop as fo
+from fisherop.__main__ import main
+
+pytest.importorskip("pandas")
+pytest.importorskip("matplotlib")
+Image = pytest.importorskip("PIL.Image")
+
+CONFIG = """
+store = "runs"
+k = 2
+tol = 1e-3
+layers = ["0", "2"]
+
+[models]
+own = "survey_models:small"
+flaky = "survey_models:Flaky"
+
+[images]
+files = ["*.png"]
+size = 12
+
+[noise]
+kind = "Gaussian"
+covariance = 2.0
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_rain(monkeypatch):
+    monkeypatch.setenv("SURVEY_FLAKY", "")
+
+
+@pytest.fixture(scope="module")
+def survey(tmp_path_factory):
+    images = {name: torch.rand(1, 3, 12, 12) for name in ("<first> & co", "second")}
+    models = {"small": survey_models.small, "grey": survey_models.Grey}
+    store = tmp_path_factory.mktemp("store")
+    return fo.survey(models, images, {"small": ["0", "2"]}, store=store, k=3, tol=1e-3, spectrum=True)
+
+
+@pytest.fixture(scope="module")
+def page(survey, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    survey.report(path, title="A <title> & more")
+    return path
+
+
+class Links(HTMLParser):
+    """Collects all that a page would load, and checks that tags are closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.images = 0
+
+    def handle_starttag(self, tag, attrs):
+        self.images += tag == "img"
+        self.found += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "srcset", "data", "action")]
+
+
+def test_page_needs_nothing_else(page):
+    text = page.read_text(encoding="utf-8")
+    links = Links()
+    links.feed(text)
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in links.found)
+    assert not re.search(r"@import|url\((?!#)|<link|<script src", text)
+    assert links.images == 2 * 2 * 4
+    assert "<first>" not in text
+    assert "&lt;first&gt; &amp; co" in text
+
+
+def browser(*arguments: str, profile: Path) -> subprocess.CompletedProcess[bytes]:
+    name = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if name is None:
+        pytest.skip("there is no Chromium here")
+    quiet = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    return subprocess.run(
+        [name, "--headless", "--no-sandbox", *quiet, f"--user-data-dir={profile}", *arguments],
+        capture_output=True,
+        timeout=100,
+        check=True,
+    )
+
+
+def test_browser_shows_the_page_and_sorts_its_table(page, survey, tmp_path):
+    probe = """<script>
+    window.addEventListener("load", function () {
+      var heads = document.querySelectorAll("th"), wrong = 0;
+      heads[4].click();
+      var values = Array.from(document.querySelectorAll("tbody tr")).map(r => parseFloat(r.cells[4].textContent));
+      document.querySelectorAll("img").forEach(i => { if (!i.complete || !i.naturalWidth) wrong++; });
+      var note = document.createElement("div");
+      note.id = "probe";
+      note.textContent = JSON.stringify({values: values, wrong: wrong,
+        loaded: performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length,
+        svg: document.querySelectorAll("figure svg").length,
+        wide: document.documentElement.scrollWidth <= window.innerWidth});
+      document.body.appendChild(note);
+    });</script></body>"""
+    probed = tmp_path / "probed.html"
+    probed.write_text(page.read_text(encoding="utf-8").replace("</body>", probe), encoding="utf-8")
+    dom = browser("--dump-dom", f"file://{probed}", profile=tmp_path / "profile").stdout.decode()
+    import json
+
+    found = json.loads(re.search(r'<div id="probe">(.*?)</div>', dom)[1])
+    values = survey.table().eigenvalue
+    assert len(found["values"]) == len(values)
+    np.testing.assert_allclose(found["values"], np.sort(values), rtol=1e-3)
+    assert (found["wrong"], found["loaded"], found["svg"], found["wide"]) == (0, 0, 2, True)
+    shot = tmp_path / "shot.png"
+    browser(f"--screenshot={shot}", "--window-size=1280,1500", f"file://{page}", profile=tmp_path / "profile2")
+    with Image.open(shot) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert pixels.shape == (1500, 1280, 3)
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+
+
+def test_page_of_failures_alone_and_of_several_settings(tmp_path):
+    bad = fo.survey({"grey": survey_models.Grey}, {"x": torch.rand(1, 3, 9, 9)}, store=tmp_path / "bad")
+    bad.report(tmp_path / "bad.html")
+    assert "Failed" in (tmp_path / "bad.html").read_text()
+    for k in (1, 2):
+        fo.survey({"m": survey_models.Flaky}, {"x": torch.rand(1, 1, 9, 1)}, store=tmp_path / "two", k=k)
+    fo.Survey.open(tmp_path / "two").report(tmp_path / "two.html")
+    assert (tmp_path / "two.html").read_text().count("class=group") == 2
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(0, 256, (14, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels if i else pixels[..., 0]).save(f"photo{i}.png")
+    Path("config.toml").write_text(CONFIG)
+    return tmp_path
+
+
+def test_command_computes_a_survey_resumes_it_and_reports(folder, capsys):
+    assert main(["survey", "config.toml"]) == 1  # Flaky has no layers
+    said = capsys.readouterr()
+    assert "<Survey of 8 cells: 4 done, 4 failed>" in said.out
+    assert "has no layer '0'" in said.out
+    survey = fo.Survey.open("runs")
+    assert (survey.images, survey.models) == (("photo0", "photo1"), ("own", "flaky"))
+    assert survey.settings()["noise"] == "Gaussian"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.npz")}
+    (folder / "config.toml").write_text(CONFIG.replace('flaky = "survey_models:Flaky"', ""))
+    assert main(["survey", "config.toml", "--retry-failed"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.npz")} == before
+    assert main(["report", "runs", "--out", "page.html", "--pictures", "1"]) == 0
+    assert "1 more images are in the store" in Path("page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("store", "sotre"), "has sotre"),
+        (("k = 2", "k = "), "is no TOML"),
+        (("*.png", "*.jpg"), "no file fits '*.jpg'"),
+        (("Gaussian", "Weird"), "kind of noise must be one of"),
+        (("covariance", "gain"), "noise: "),
+        (('"survey_models:small"', "3"), "a model is named by text"),
+        (('[models]\nown = "survey_models:small"', '[run]\nworker = 2\n[models]\nown = "x:y"'), "run has worker"),
+    ],
+)
+def test_mistake_in_the_file_is_one_sentence(folder, capsys, change, words):
+    Path("config.toml").write_text(CONFIG.replace(*change))
+    assert main(["survey", "config.toml"]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def test_report_of_no_store_is_one_sentence(folder, capsys):
+    assert main(["report", "nothing"]) == 2
+    assert "there is no store" in capsys.readouterr().err
+
+
+def test_bar_tells_done_failed_left_and_time_to_go(folder, capsys, monkeypatch):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    main(["survey", "config.toml"])
+    said = capsys.readouterr().err
+    assert "0 done, 0 failed, 8 left" in said
+    assert "4 done, 4 failed, 0 left" in said
+    assert "to go" in said
+
+
+def test_interrupted_command_says_how_to_go_on(folder, capsys, monkeypatch):
+    import fisherop.surveys.run as module
+
+    compute, calls = module.compute, []
+
+    def interrupted(task):
+        calls.append(task)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return compute(task)
+
+    monkeypatch.setattr(module, "compute", interrupted)
+    assert main(["survey", "config.toml"]) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+    assert len(fo.Survey.open("runs")) == 2
