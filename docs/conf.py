@@ -73,7 +73,6 @@ intersphinx_mapping = (
 numpydoc_show_class_members = False
 numpydoc_attributes_as_param_list = True
 autodoc_typehints = "none"  # the docstrings say it with shapes and units
-autosummary_generate = True
 
 sphinx_gallery_conf = {
     "examples_dirs": [str(GENERATED / "tutorial"), "gallery"],
@@ -144,10 +143,10 @@ def public(module):
     return [name for name in module.__all__ if getattr(fisherop, name, None) is not getattr(module, name)]
 
 
-def write_reference():
+def write_reference(folder):
     """Write the page of every public module, and the index of them all."""
-    folder = GENERATED / "api"
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     top = [name for name in fisherop.__all__ if not isinstance(getattr(fisherop, name), type(os))]
     known = {name for names in NAMES.values() for name in names}
     groups = {title: [name for name in names if name in top] for title, names in NAMES.items()}
@@ -179,7 +178,8 @@ def copy_tutorial():
 
 
 copy_tutorial()
-write_reference()
+write_reference(GENERATED / "api")
+autosummary_generate = [str(path) for path in (GENERATED / "api").glob("*.rst")]
 
 # Where the names of a class and a function differ in case only, their pages must not be one file on a Mac.
 autosummary_filename_map = {
