@@ -140,14 +140,15 @@ def heading(title, line):
 
 def public(module):
     """Return the public names of a module, without what the top of the package has as well."""
-    return [name for name in module.__all__ if getattr(fisherop, name, None) is not getattr(module, name)]
+    found = {name: getattr(module, name) for name in module.__all__}
+    return [name for name, x in found.items() if x is not getattr(fisherop, name, None) and not inspect.ismodule(x)]
 
 
 def write_reference(folder):
     """Write the page of every public module, and the index of them all."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    top = [name for name in fisherop.__all__ if not isinstance(getattr(fisherop, name), type(os))]
+    top = [name for name in fisherop.__all__ if not inspect.ismodule(getattr(fisherop, name))]
     known = {name for names in NAMES.values() for name in names}
     groups = {title: [name for name in names if name in top] for title, names in NAMES.items()}
     groups["More"] = [name for name in top if name not in known]
