@@ -6,11 +6,14 @@ has FISHEROP_DOCS_ONLINE=1: then names of other projects are links to their docu
 """
 
 import importlib
+import inspect
 import os
 import shutil
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from docutils import nodes
 
 import fisherop
 
@@ -43,8 +46,10 @@ myst_heading_anchors = 3
 
 html_theme = "pydata_sphinx_theme"
 html_title = f"fisherop {version}"
+html_static_path = ["_static"]
+html_css_files = ["house.css"]
 html_show_sourcelink = False
-html_sidebars = {"performance": [], "mathematics": [], "index": []}
+html_sidebars = {page: [] for page in ("index", "generated/start/tutorial", "performance", "mathematics", "design")}
 html_theme_options = {
     "navigation_with_keys": False,
     "secondary_sidebar_items": ["page-toc"],
@@ -68,8 +73,6 @@ intersphinx_mapping = (
 numpydoc_show_class_members = False
 numpydoc_attributes_as_param_list = True
 autodoc_typehints = "none"  # the docstrings say it with shapes and units
-autodoc_class_signature = "mixed"
-autosummary_generate = True
 
 sphinx_gallery_conf = {
     "examples_dirs": [str(GENERATED / "tutorial"), "gallery"],
@@ -137,14 +140,15 @@ def heading(title, line):
 
 def public(module):
     """Return the public names of a module, without what the top of the package has as well."""
-    return [name for name in module.__all__ if getattr(fisherop, name, None) is not getattr(module, name)]
+    found = {name: getattr(module, name) for name in module.__all__}
+    return [name for name, x in found.items() if x is not getattr(fisherop, name, None) and not inspect.ismodule(x)]
 
 
-def write_reference():
+def write_reference(folder):
     """Write the page of every public module, and the index of them all."""
-    folder = GENERATED / "api"
-    folder.mkdir(parents=True, exist_ok=True)
-    top = [name for name in fisherop.__all__ if not isinstance(getattr(fisherop, name), type(os))]
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    top = [name for name in fisherop.__all__ if not inspect.ismodule(getattr(fisherop, name))]
     known = {name for names in NAMES.values() for name in names}
     groups = {title: [name for name in names if name in top] for title, names in NAMES.items()}
     groups["More"] = [name for name in top if name not in known]
@@ -175,7 +179,8 @@ def copy_tutorial():
 
 
 copy_tutorial()
-write_reference()
+write_reference(GENERATED / "api")
+autosummary_generate = [str(path) for path in (GENERATED / "api").glob("*.rst")]
 
 # Where the names of a class and a function differ in case only, their pages must not be one file on a Mac.
 autosummary_filename_map = {
@@ -183,3 +188,24 @@ autosummary_filename_map = {
     for name in fisherop.__all__
     if name.islower() and any(name == other.lower() != other for other in fisherop.__all__)
 }
+
+
+def class_signature(app, what, name, obj, options, signature, returned):
+    """Show how a class is called: by its __init__, where a SciPy operator's __new__ takes anything."""
+    if what != "class" or "__init__" not in vars(obj):
+        return None
+    found = inspect.signature(obj.__init__)
+    plain = [p.replace(annotation=p.empty) for p in list(found.parameters.values())[1:]]
+    return str(found.replace(parameters=plain, return_annotation=found.empty)), None
+
+
+def end_code_at_its_end(app, doctree):
+    """Drop the empty line that ends an example on a page, which doctest needs."""
+    for block in doctree.findall(nodes.literal_block):
+        block.children = [nodes.Text(block.astext().rstrip())]
+
+
+def setup(app):
+    """Connect the two."""
+    app.connect("autodoc-process-signature", class_signature)
+    app.connect("doctree-read", end_code_at_its_end)
