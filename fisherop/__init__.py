@@ -88,7 +88,11 @@ __all__ = [
 
 
 if TYPE_CHECKING:
-    from fisherop import plenoptic, plot  # a type checker that saw __getattr__ would let every misspelt name pass
+    from fisherop import (
+        plenoptic,
+        plot,
+        testing,
+    )  # a type checker that saw __getattr__ would let every misspelt name pass
 else:
 
     def __getattr__(name: str) -> ModuleType:

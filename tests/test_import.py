@@ -19,7 +19,7 @@ import fisherop
 for stream in (sys.stdout, sys.stderr):
     print("--", file=stream)
 print({name.partition(".")[0] for name in set(sys.modules) - before})
-print({name for name in fisherop.__all__ if name not in dir(fisherop)})
+print({name for name in fisherop.__all__ if name not in vars(fisherop)} ^ set(fisherop._LOADED_WHEN_NAMED))
 """
 
 # Bytecode is kept, as that of an installed package is, wherever this runs.
@@ -55,7 +55,7 @@ def test_importing_is_silent(printed):
 
 
 def test_every_public_name_is_there_but_those_loaded_when_named(printed):
-    assert ast.literal_eval(printed.stdout.splitlines()[-1]) == {"plenoptic", "plot"}
+    assert printed.stdout.splitlines()[-1] == "set()"
 
 
 def test_importing_adds_less_than_a_tenth_of_a_second(record_property, tmp_path):

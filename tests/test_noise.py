@@ -265,6 +265,8 @@ def test_a_covariance_as_an_operator_is_refused_for_its_inverse():
         dense(*build("fourier"), fo.noise.Gaussian(1.0, precision=np.eye(40)))
     with pytest.raises(TypeError, match="made of numbers, not str"):
         gaussian(*build("fourier"), "unit")
+    with pytest.raises(TypeError, match="covariance must be real"):
+        gaussian(*build("fourier"), torch.ones(40) + 0j)
 
 
 def test_a_negative_rate_is_refused():
@@ -291,6 +293,7 @@ def test_a_gain_or_floor_that_is_not_positive_is_refused(settings):
         ({"precision": lambda x: x * math.nan}, ValueError, "holds NaN"),
         ({"precision": 2.0}, TypeError, "must be a matrix with two dimensions"),
         ({"precision": torch.eye(2) * 1j}, TypeError, "complex"),
+        ({"precision": aslinearoperator(np.eye(2) * 1j)}, TypeError, "complex"),
     ],
 )
 def test_a_precision_that_is_none_is_refused(settings, kind, words):

@@ -14,6 +14,7 @@ from strategies import block, fishers, operators, seeds
 
 import fisherop as fo
 from fisherop import testing
+from fisherop.operators import TensorOperator
 
 ANY = (
     testing.assert_linear,
@@ -85,6 +86,22 @@ def test_the_numpy_dtype_follows_the_images(dtype):
     assert F.dtype == expected
     assert (F @ np.ones(64)).dtype == expected
     assert (F @ torch.ones(64, dtype=torch.float64)).dtype == dtype
+
+
+def test_a_complex_tensor_is_multiplied_by_parts():
+    J = fo.JacobianOperator(*build("fourier"))
+    x = torch.from_numpy(block(0, 64, 3) + 1j * block(1, 64, 3))
+    torch.testing.assert_close(J @ x, torch.complex(J @ x.real, J @ x.imag))
+    torch.testing.assert_close(J @ x.conj(), (J @ x).conj())
+    assert torch.equal(J @ x[:, 0].imag, J @ x[:, 0].imag.clone())
+
+
+def test_an_operator_that_does_not_say_how_it_multiplies_says_so():
+    op = TensorOperator((2, 2), torch.float64, torch.device("cpu"))
+    for product, words in ((op.matvec, "multiplies rows"), (op.rmatmat, "its transpose multiplies rows")):
+        for x in (np.ones((2, 1)), torch.ones(2, 1)):
+            with pytest.raises(TypeError, match=words):
+                product(x)
 
 
 def test_products_are_counted():

@@ -103,6 +103,8 @@ def assert_close(found, wanted):
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("name", SMALL)
 def test_small_models_are_recorded_and_their_products_are_autograds(name, dtype):
+    if name == "resized" and torch.__version__ < "2.13":
+        pytest.skip("torch 2.6 cannot differentiate the derivative of grid_sample, as 2.13 can")
     model, image = small(name, dtype)
     at = Linearization(model, image)
     assert (at.strategy, at.reason) == ("recorded", "")

@@ -299,6 +299,17 @@ def test_float32_operators_are_caught_too():
                 law(op, rng=seed)
 
 
+def test_a_product_of_the_wrong_shape_is_said():
+    class Short(LinearOperator):
+        def _matvec(self, x):
+            return np.ones(2)
+
+        matvec = _matvec
+
+    with pytest.raises(AssertionError, match=r"matvec of a vector returns shape \(2,\), not \(3,\)"):
+        testing.assert_linear(Short(np.float64, (3, 3)))
+
+
 class Careless(TensorOperator):
     """An operator on tensors that hands out its input, or its own buffer, or NumPy arrays for tensors."""
 
@@ -566,3 +577,10 @@ except AttributeError as error:
     assert "laws_of_physics" in str(error)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_lanczos_leaves_a_subspace_that_is_invariant():
+    values = np.r_[np.ones(599), -1e-3]
+    with pytest.raises(AssertionError, match="not positive semidefinite"):
+        testing.assert_psd(sp.diags_array(values))
+    testing.assert_psd(sp.eye_array(600))

@@ -13,7 +13,6 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import CheckpointFunction
 
 Product = Callable[[Tensor], Tensor]
 
@@ -28,6 +27,8 @@ def differentiable() -> Iterator[None]:
 
     The fused attention paths have no forward-mode derivative.
     """
+    from torch.utils.checkpoint import CheckpointFunction  # here, for torch 2.6 imports sympy with it
+
     with _SWITCHES, ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))

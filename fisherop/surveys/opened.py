@@ -360,7 +360,10 @@ class Survey:
         sizes = [len(record.pairs) for record in done if record.pairs is not None]
 
         def column(value: Callable[[Record], Any]) -> NDArray[Any]:
-            return np.repeat(np.array([value(record) for record in done]), sizes)
+            values = [value(record) for record in done]
+            # As objects, texts are shared by rows; an array of texts would hold each at full width.
+            shared = any(isinstance(x, str) for x in values)
+            return np.repeat(np.array(values, dtype=object if shared else None), sizes)
 
         pairs = np.concatenate([record.pairs for record in done if record.pairs is not None] or [np.zeros((0, 7))])
         columns: dict[str, Any] = {

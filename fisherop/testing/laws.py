@@ -451,8 +451,6 @@ def _assert_apart(probe: Probe, name: str, product: Callable[[Any], Any], x: Any
             f"tolerance is {probe.tolerance():.3g}",
             "a product that is kept and returned again, or a view of the operator's own data: return a copy",
         )
-    if not _same(x, given):
-        probe.fail(f"shares memory: writing into what {name} returned changes its input", "a view: return a copy")
 
 
 def _copy(x: Any) -> Any:
