@@ -139,6 +139,14 @@ class PrincipalDistortions:
         Products with all the Fisher matrices together.
     message : str
         What was done and found, in words.
+
+    Examples
+    --------
+    >>> import numpy as np, fisherop as fo
+    >>> p = fo.principal_distortions([np.diag([4.0, 1.0]), np.diag([1.0, 9.0])])
+    >>> len(p), p.sensitivities.round(3)
+    (2, array([[1., 2.],
+           [3., 1.]]))
     """
 
     distortions: Any
@@ -298,6 +306,11 @@ def thresholds(result: Eigendistortions, *, d_prime: float = 1.0) -> NDArray[np.
     ndarray of float64, shape (k,)
         Euclidean norm of the distortion at threshold, in units of the image.
 
+    Raises
+    ------
+    ValueError
+        If `d_prime` is not positive.
+
     References
     ----------
     Berardino, Laparra, Balle, Simoncelli (2017), "Eigen-distortions of hierarchical representations".
@@ -325,6 +338,14 @@ class ThresholdTable:
         Names: N models (or observers), P sets of distortions.
     most, least : ndarray of float64, shape (N, P)
         Thresholds 1 / sqrt(d'F_i d) of a set's most (first) and least (last) noticeable unit distortion.
+
+    Examples
+    --------
+    >>> import numpy as np, fisherop as fo
+    >>> F = np.diag([4.0, 1.0])
+    >>> table = fo.threshold_table({"model": F}, {"its own": fo.eigendistortions(F, k=2)})
+    >>> table.most, table.least, table.D.round(3)
+    (array([[0.5]]), array([[1.]]), array([[0.693]]))
     """
 
     models: tuple[str, ...]

@@ -62,6 +62,13 @@ def photograph(
     Tensor
         ``(1, C, H, W)`` in [0, 1], C = 3 in colour and 1 in grey.
 
+    Raises
+    ------
+    ValueError
+        If there is no such photograph.
+    ImportError
+        If scikit-image is not installed.
+
     Examples
     --------
     >>> photograph("chelsea", size=64).shape
@@ -102,6 +109,15 @@ def load(
         If there is no such file.
     ValueError
         If it is no image that Pillow can read.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> from PIL import Image
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "red.png"
+    >>> Image.new("RGB", (40, 30), "red").save(path)
+    >>> load(path).shape, load(path, size=16, grey=True).shape
+    (torch.Size([1, 3, 30, 40]), torch.Size([1, 1, 16, 16]))
     """
     name = os.fspath(path)
     image = _opened(name)
@@ -130,6 +146,17 @@ def color_wheel(size: int = 256, dtype: torch.dtype = torch.float32) -> Tensor:
     -------
     Tensor
         ``(1, 3, size, size)`` in [0, 1]. Red is to the right, green up left, blue down left.
+
+    Raises
+    ------
+    ValueError
+        If the size is less than one pixel.
+
+    Examples
+    --------
+    >>> wheel = color_wheel(64)
+    >>> wheel[0, :, 32, 63].round(decimals=1)
+    tensor([1., 0., 0.])
     """
     height, _ = _pair(size)
     offset = (2 * torch.arange(height, dtype=torch.float64) + 1 - height) / height
@@ -157,6 +184,16 @@ def center_crop(x: Tensor, size: int | tuple[int, int]) -> Tensor:
     -------
     Tensor
         A view of ``x``.
+
+    Raises
+    ------
+    ValueError
+        If the image is smaller than that.
+
+    Examples
+    --------
+    >>> center_crop(torch.arange(6.0).reshape(2, 3), (2, 1)).flatten()
+    tensor([1., 4.])
     """
     height, width = _pair(size)
     if height > x.shape[-2] or width > x.shape[-1]:
@@ -174,6 +211,21 @@ def resize(x: Tensor, size: int | tuple[int, int]) -> Tensor:
         ``(1, C, H, W)`` in [0, 1].
     size : int or (int, int)
         Height and width in pixels; one number for a square.
+
+    Returns
+    -------
+    Tensor
+        ``(1, C, height, width)`` in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        If the image has another shape than that.
+
+    Examples
+    --------
+    >>> resize(color_wheel(64), 16).shape
+    torch.Size([1, 3, 16, 16])
     """
     if x.ndim != 4:
         raise ValueError(f"resize takes an image of shape (1, C, H, W), not {tuple(x.shape)}")
@@ -184,6 +236,26 @@ def to_grey(x: Tensor) -> Tensor:
     """Return the luminance of a colour image ``(..., 3, H, W)`` as ``(..., 1, H, W)``; a grey one comes back as it is.
 
     The weights are those of ITU-R BT.709, applied to the pixel values as they are stored.
+
+    Parameters
+    ----------
+    x : Tensor
+        ``(..., 3, H, W)`` or ``(..., 1, H, W)``.
+
+    Returns
+    -------
+    Tensor
+        ``(..., 1, H, W)``.
+
+    Raises
+    ------
+    ValueError
+        If there are neither three channels nor one.
+
+    Examples
+    --------
+    >>> to_grey(torch.ones(1, 3, 1, 1))
+    tensor([[[[1.]]]])
     """
     channels = x.shape[-3] if x.ndim >= 3 else None
     if channels == 1:

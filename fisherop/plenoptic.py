@@ -67,7 +67,17 @@ Process = Callable[[Tensor], Tensor]
 
 
 class LoadWarning(UserWarning):
-    """A saved object differs from the one that loads it, which was told to go on all the same."""
+    """A saved object differs from the one that loads it, which was told to go on all the same.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     warnings.warn("the models differ", LoadWarning)
+    >>> caught[0].category.__name__
+    'LoadWarning'
+    """
 
 
 class Eigendistortion:

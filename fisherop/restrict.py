@@ -37,7 +37,30 @@ DENSE_BYTES = 1 << 30
 class Subspace:
     """A subspace of the images of n entries, of dimension `size`, by an orthonormal basis B of shape (n, size).
 
-    `expand` multiplies every row of (b, size) by B, `project` every row of (b, n) by its transpose.
+    Write a restriction of your own as a class whose method ``at(image)`` returns one.
+
+    Parameters
+    ----------
+    size : int
+        Columns of B.
+    expand : function
+        Multiplies every row of a (b, size) tensor by B: returns (b, n).
+    project : function
+        Multiplies every row of a (b, n) tensor by the transpose of B: returns (b, size).
+
+    Examples
+    --------
+    Images whose left and right halves are the same:
+
+    >>> import torch, fisherop as fo
+    >>> class Repeated:
+    ...     def at(self, image):
+    ...         both = lambda rows: torch.cat([rows, rows], dim=1) / 2**0.5
+    ...         folded = lambda rows: (rows[:, :2] + rows[:, 2:]) / 2**0.5
+    ...         return Subspace(2, both, folded)
+    >>> F = fo.FisherOperator(torch.nn.Identity(), torch.zeros(4), within=Repeated())
+    >>> torch.allclose(F @ torch.eye(2), torch.eye(2))
+    True
     """
 
     size: int
@@ -69,10 +92,21 @@ def subspace(within: Any, image: Tensor) -> Subspace:
     image : Tensor
         n entries.
 
+    Returns
+    -------
+    Subspace
+        Its orthonormal basis, as two products.
+
     Raises
     ------
     TypeError, ValueError
         For a restriction that leaves nothing, does not fit the image, or has dependent columns.
+
+    Examples
+    --------
+    >>> within = subspace([0, 3], torch.zeros(1, 1, 2, 2))
+    >>> within.size, within.expand(torch.tensor([[5.0, 7.0]]))
+    (2, tensor([[5., 0., 0., 7.]]))
     """
     if within is None:
         return Subspace(image.numel(), _as_it_is, _as_it_is)
@@ -94,7 +128,19 @@ def subspace(within: Any, image: Tensor) -> Subspace:
 
 @dataclass(frozen=True)
 class Channel:
-    """One channel of an image of shape (..., C, H, W); a negative index counts from the last."""
+    """One channel of an image of shape (..., C, H, W).
+
+    Parameters
+    ----------
+    index : int
+        From 0; a negative one counts from the last.
+
+    Examples
+    --------
+    >>> import torch, fisherop as fo
+    >>> fo.FisherOperator(torch.nn.Identity(), torch.zeros(1, 3, 4, 4), within=Channel(-1)).shape
+    (16, 16)
+    """
 
     index: int
 
@@ -120,6 +166,12 @@ class Pixels:
     where : sequence of int, or of (row, column)
         Whole numbers are places in the flattened image; pairs are rows and columns of an image of shape (..., H, W),
         and mean all its channels. Coordinates of the restricted operator come in the order of the flattened image.
+
+    Examples
+    --------
+    >>> import torch, fisherop as fo
+    >>> fo.FisherOperator(torch.nn.Identity(), torch.zeros(1, 3, 4, 4), within=Pixels([(0, 0), (2, 1)])).shape
+    (6, 6)
     """
 
     where: Sequence[Any] | Tensor | NDArray[Any]
@@ -155,13 +207,27 @@ class Band:
     """Spatial frequencies f with low <= f < high, in cycles per pixel, in every direction and channel.
 
     The last two dimensions are space, the last one alone where there is no other. Frequencies go up to 0.5 along an
-    axis and 0.71 along a diagonal; `high` by default has no end. Neighbouring bands that share an edge share no
-    distortion, and all of them together make up all images.
+    axis and 0.71 along a diagonal. Neighbouring bands that share an edge share no distortion, and all of them together
+    make up all images.
+
+    Parameters
+    ----------
+    low : float
+        Cycles per pixel, not negative.
+    high : float, optional
+        Cycles per pixel, above `low`; by default there is no end.
 
     Notes
     -----
     The basis are the waves cos + sin of the discrete Hartley transform, real, orthonormal and its own inverse, at
     the cost of an FFT. Bracewell (1983), "Discrete Hartley transform".
+
+    Examples
+    --------
+    >>> import torch, fisherop as fo
+    >>> image = torch.zeros(1, 1, 8, 8)
+    >>> [fo.FisherOperator(torch.nn.Identity(), image, within=band).shape[0] for band in (Band(0, 0.3), Band(0.3))]
+    [21, 43]
     """
 
     low: float

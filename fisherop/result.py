@@ -18,7 +18,17 @@ FORMAT = 1
 
 
 class ConvergenceWarning(UserWarning):
-    """Some pairs of a result did not reach the tolerance; its message says what to change."""
+    """Some pairs of a result did not reach the tolerance; its message says what to change.
+
+    Examples
+    --------
+    >>> import warnings, torch, fisherop as fo
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     r = fo.eigendistortions(torch.diag(torch.linspace(1, 2, 600)), k=1, method="power", maxiter=2, rng=0)
+    >>> caught[0].category.__name__, r.converged
+    ('ConvergenceWarning', array([False]))
+    """
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +68,18 @@ class Eigendistortions:
         The largest eigenvalue met; residuals are relative to it.
     image : Tensor or None
         The image, where the operator has one; a mean over images has none.
+
+    Examples
+    --------
+    >>> import torch, fisherop as fo
+    >>> r = fo.eigendistortions(fo.FisherOperator(lambda x: x**2, torch.tensor([[1.0, 2.0]])), k=2)
+    >>> print(r)
+       index   eigenvalue   residual  converged
+           0           16    0.0e+00  yes
+           1            4    0.0e+00  yes
+    >>> r.eigendistortions.abs()
+    tensor([[0., 1.],
+            [1., 0.]])
     """
 
     eigenvalues: NDArray[np.float64]

@@ -1,6 +1,7 @@
 """One thread, for the small models here gain nothing from more, and Hypothesis profiles."""
 
 import os
+from importlib.util import find_spec
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +13,9 @@ from fisherop.testing import strategies
 
 strategies.register_profiles()
 
+EXAMPLES_NEED = {"fisherop.images": "skimage", "fisherop.plenoptic": "matplotlib"}
+"""Modules whose examples draw or show a photograph, and the package that does it."""
+
 
 def pytest_addoption(parser):
     """Add an option for machines that have a GPU, where a skipped test would look like a passed one."""
@@ -19,11 +23,14 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """Skip what needs a CUDA device where there is none."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    """Skip what needs a CUDA device where there is none, and examples that need a package that is not installed."""
+    absent = {module: package for module, package in EXAMPLES_NEED.items() if not find_spec(package)}
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        for module in absent:
+            if isinstance(item, pytest.DoctestItem) and item.name.startswith(f"{module}."):
+                item.add_marker(pytest.mark.skip(reason=f"needs {absent[module]}"))
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -20,6 +20,8 @@ ROOT = TESTS.parent
 def wheel(tmp_path_factory):
     """Build a wheel from a copy of what a wheel is made of."""
     pytest.importorskip("setuptools", minversion="77")
+    if not (ROOT / "fisherop").is_dir():
+        pytest.skip("the package is installed, and its source is not here")
     copy = tmp_path_factory.mktemp("source")
     for name in ("setup.py", "setup.cfg", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)

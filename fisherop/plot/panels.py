@@ -108,6 +108,11 @@ def show_distorted(
     list of AxesImage or of Line2D
         One image; or the lines, one a channel.
 
+    Raises
+    ------
+    ValueError
+        If the distortion has another shape than the image.
+
     Examples
     --------
     >>> from matplotlib.figure import Figure

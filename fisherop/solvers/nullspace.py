@@ -74,6 +74,13 @@ class NullProjection:
         Products with F used.
     message : str
         What was done and found, in words.
+
+    Examples
+    --------
+    >>> import numpy as np, fisherop as fo
+    >>> p = fo.project_to_null(np.diag([1.0, 0.0]), np.array([3.0, 4.0]))
+    >>> p.image.round(6) + 0.0, round(p.kept, 3), p.converged
+    (array([0., 4.]), 0.8, True)
     """
 
     image: Any

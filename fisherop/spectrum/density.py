@@ -58,6 +58,13 @@ class SpectralDensity:
         All of them, ascending, where that cost no more products.
     message : str
         What was done, in words.
+
+    Examples
+    --------
+    >>> import numpy as np, fisherop as fo
+    >>> density = fo.spectral_density(np.diag([3.0, 2.0, 1.0]))
+    >>> float(density.count(2.5)), round(float(density.logdet(1e-9)), 3)
+    (2.0, 1.792)
     """
 
     n: int

@@ -49,6 +49,13 @@ class Estimate:
         What was done, in words.
     image : Tensor or None
         The image, where the value is a map of it.
+
+    Examples
+    --------
+    >>> import numpy as np, fisherop as fo
+    >>> total = fo.trace(np.diag([3.0, 2.0, 1.0]))
+    >>> float(total), total.low <= 6 <= total.high
+    (6.0, True)
     """
 
     value: Any

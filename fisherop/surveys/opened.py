@@ -194,7 +194,20 @@ class Survey:
 
     @classmethod
     def of_cells(cls, store: Store, keys: Iterable[str]) -> Survey:
-        """Open those cells of a store that have these keys."""
+        """Open those cells of a store that have these keys.
+
+        Parameters
+        ----------
+        store : Store
+            The folder, opened.
+        keys : iterable of str
+            Of the cells wanted; what the store lacks is left out.
+
+        Returns
+        -------
+        Survey
+            Those cells.
+        """
         sidecars = (store.sidecar(key) for key in keys)
         return cls(store, [Record.of(sidecar) for sidecar in sidecars if sidecar is not None])._checked()
 
@@ -285,6 +298,16 @@ class Survey:
 
     def result(self, image: str | None = None, layer: str | None = None, model: str | None = None) -> Eigendistortions:
         """Return a cell's result; a name may be left out where there is only one.
+
+        Parameters
+        ----------
+        image, layer, model : str, optional
+            The cell's names.
+
+        Returns
+        -------
+        Eigendistortions
+            As it was computed, on the CPU.
 
         Raises
         ------

@@ -42,6 +42,17 @@ def spectrum(kind: str, n: int) -> NDArray[Any]:
         zeros), "flat with a gap" (2 % below the largest), "isolated" (one tiny, far below the rest), or "clustered"
         (each four times).
     n : int
+        How many, at least 1.
+
+    Returns
+    -------
+    ndarray of float64, shape (n,)
+        Descending.
+
+    Raises
+    ------
+    ValueError
+        For a kind that is not known.
 
     Examples
     --------
@@ -132,6 +143,7 @@ class DenseModel(torch.nn.Module):
     Parameters
     ----------
     m, n : int
+        Responses and pixels.
     nonlinearity : str, optional
         "linear", "square", "tanh", "softplus" (all responses positive) or "gain control" (each divided by the power of
         all).

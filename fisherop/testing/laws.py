@@ -37,6 +37,7 @@ def assert_linear(op: Any, *, rng: Any = 0, rtol: float | None = None, atol: flo
     Parameters
     ----------
     op : LinearOperator, sparse or dense matrix, shape (m, n)
+        The operator under test.
     rng : optional
         Anything `numpy.random.default_rng` takes: the seed of the vectors.
     rtol, atol : float, optional
@@ -194,6 +195,7 @@ def assert_psd(op: Any, *, rng: Any = 0, rtol: float | None = None, atol: float 
     Parameters
     ----------
     op : LinearOperator, sparse or dense matrix, shape (n, n)
+        The operator under test.
     rng, rtol, atol : optional
         As in `assert_linear`; errors are relative to the operator's size.
 
@@ -238,6 +240,7 @@ def assert_matmat_consistent(op: Any, *, rng: Any = 0, rtol: float | None = None
     Parameters
     ----------
     op : LinearOperator, sparse or dense matrix, shape (m, n)
+        The operator under test.
     rng, rtol, atol : optional
         As in `assert_linear`.
 

@@ -35,8 +35,8 @@ def assert_eigenpairs(
     values : array_like of shape (k,)
         In any order.
     vectors : array_like or Tensor
-        As `fisherop.eigendistortions` returns them, of shape (k, n) or (k, *image), or as SciPy does, columns of shape
-        (n, k). Where k = n, whichever fits better.
+        As `fisherop.eigendistortions` returns them, of shape (k, n) or ``(k, *image)``, or as SciPy does, columns of
+        shape (n, k). Where k = n, whichever fits better.
     tol : float, optional
         By default ``max(1e-6, 100 * eps)`` of the operator's dtype, as that of `fisherop.eigendistortions`.
     rng : optional
@@ -115,7 +115,8 @@ def assert_same_subspace(one: ArrayLike | Tensor, other: ArrayLike | Tensor, tol
     Parameters
     ----------
     one, other : array_like or Tensor
-        k independent vectors each, of shape (k, *image), (k, n) or columns (n, k) with k <= n; or one of shape (n,).
+        k independent vectors each, of shape ``(k, *image)``, (k, n) or columns (n, k) with k <= n; or one
+        of shape (n,).
     tol : float, optional
         Largest sine, by default the square root of the coarser dtype's rounding. For eigenvectors of residuals r, with
         a gap g to the nearest other eigenvalue, it is r / g (Davis and Kahan 1970).

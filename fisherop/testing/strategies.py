@@ -42,6 +42,13 @@ def register_profiles() -> None:
     "dev" tries 20 random examples of each test, "ci" 50 that are always the same, and "nightly" 1000 random ones, by
     ``pytest --hypothesis-profile=nightly``. None has a deadline: a first call of torch may take long. Call it in
     ``conftest.py``.
+
+    Examples
+    --------
+    >>> from hypothesis import settings
+    >>> register_profiles()
+    >>> settings.get_profile("nightly").max_examples
+    1000
     """
     settings.register_profile("dev", max_examples=20, deadline=None, derandomize=False)
     settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True, print_blob=True)
@@ -50,12 +57,40 @@ def register_profiles() -> None:
 
 
 def seeds() -> SearchStrategy[int]:
-    """Draw seeds of random generators."""
+    """Draw seeds of random generators.
+
+    Returns
+    -------
+    strategy of int
+        From 0 to 2**32 - 1.
+
+    Examples
+    --------
+    >>> from hypothesis import given
+    >>> @given(seeds())
+    ... def test_a_seed_makes_one_generator(seed):
+    ...     assert np.random.default_rng(seed).random() == np.random.default_rng(seed).random()
+    >>> test_a_seed_makes_one_generator()
+    """
     return st.integers(0, 2**32 - 1)
 
 
 def dtypes() -> SearchStrategy[torch.dtype]:
-    """Draw torch.float64 or torch.float32, the dtypes of images and operators."""
+    """Draw torch.float64 or torch.float32, the dtypes of images and operators.
+
+    Returns
+    -------
+    strategy of torch.dtype
+        One of the two.
+
+    Examples
+    --------
+    >>> from hypothesis import given
+    >>> @given(dtypes())
+    ... def test_it_is_a_real_number_s(dtype):
+    ...     assert dtype.is_floating_point
+    >>> test_it_is_a_real_number_s()
+    """
     return st.sampled_from([torch.float64, torch.float32])
 
 
@@ -69,6 +104,19 @@ def images(draw: DrawFn, shape: tuple[int, ...] | None = None, dtype: torch.dtyp
         By default vectors, matrices, and 4-D images of one or three channels, of 1 to 75 entries.
     dtype : torch.dtype, optional
         By default float64 or float32.
+
+    Returns
+    -------
+    strategy of Tensor
+        Of that shape.
+
+    Examples
+    --------
+    >>> from hypothesis import given
+    >>> @given(images((1, 1, 4, 4)))
+    ... def test_pixels_lie_between_0_and_1(image):
+    ...     assert 0 <= image.min() <= image.max() <= 1
+    >>> test_pixels_lie_between_0_and_1()
     """
     side = st.integers(1, 5)
     if shape is None:
@@ -102,6 +150,16 @@ def models(
     Returns
     -------
     strategy of (DenseModel, Tensor)
+        The model in evaluation mode, and an image of its dtype.
+
+    Examples
+    --------
+    >>> from hypothesis import given
+    >>> @given(models("more", nonlinearity="tanh"))
+    ... def test_there_are_more_responses_than_pixels(subject):
+    ...     model, image = subject
+    ...     assert model.jacobian(image).shape == (len(model(image)), image.numel())
+    >>> test_there_are_more_responses_than_pixels()
     """
     relation = _one_of(draw, m_vs_n, RELATIONS, "m_vs_n")
     nonlinearity = _one_of(draw, nonlinearity, tuple(NONLINEARITIES), "nonlinearity")
@@ -114,7 +172,28 @@ def models(
 
 @st.composite
 def spectra(draw: DrawFn, kind: str | None = None, max_size: int = 30) -> NDArray[np.float64]:
-    """Draw eigenvalues, descending and not negative, of a kind of `fisherop.testing.spectrum`, at several scales."""
+    """Draw eigenvalues, descending and not negative, at several scales.
+
+    Parameters
+    ----------
+    kind : str, optional
+        Of `fisherop.testing.spectrum`; by default any.
+    max_size : int, optional
+        The most to draw.
+
+    Returns
+    -------
+    strategy of ndarray of float64, shape (n,)
+        Between 1 and `max_size` of them.
+
+    Examples
+    --------
+    >>> from hypothesis import given
+    >>> @given(spectra("clustered", max_size=8))
+    ... def test_eigenvalues_descend(values):
+    ...     assert (np.diff(values) <= 0).all()
+    >>> test_eigenvalues_descend()
+    """
     kind = _one_of(draw, kind, tuple(SPECTRA), "kind")
     values: NDArray[np.float64] = draw(st.sampled_from([1.0, 1e-9, 1e9])) * spectrum(
         kind, draw(st.integers(1, max_size))
@@ -136,6 +215,19 @@ def psd_operators(
         Largest n.
     dtype : torch.dtype, optional
         By default float64 or float32.
+
+    Returns
+    -------
+    strategy of SpectralOperator
+        Of order 1 to `max_size`.
+
+    Examples
+    --------
+    >>> from hypothesis import given
+    >>> @given(psd_operators("null space", dtype=torch.float64))
+    ... def test_the_trace_is_the_sum_of_the_eigenvalues(op):
+    ...     np.testing.assert_allclose((op @ np.eye(len(op.values))).trace(), op.values.sum())
+    >>> test_the_trace_is_the_sum_of_the_eigenvalues()
     """
     values = draw(spectra(kind, max_size))
     name = str(dtype or draw(dtypes())).removeprefix("torch.")
