@@ -202,7 +202,8 @@ def class_signature(app, what, name, obj, options, signature, returned):
 def end_code_at_its_end(app, doctree):
     """Drop the empty line that ends an example on a page, which doctest needs."""
     for block in doctree.findall(nodes.literal_block):
-        block.children = [nodes.Text(block.astext().rstrip())]
+        block.rawsource = block.astext().rstrip()  # code is highlighted where it equals the text
+        block.children = [nodes.Text(block.rawsource)]
 
 
 def setup(app):
