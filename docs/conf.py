@@ -38,8 +38,9 @@ extensions = [
 exclude_patterns = ["_build", "upstream", "generated/start/index.*", "**/README.*", "**/GALLERY_HEADER.*"]
 templates_path = ["_templates"]
 default_role = "py:obj"
-suppress_warnings = ["config.cache"]  # functions of sphinx-gallery's configuration cannot be pickled
-nitpicky = False
+# Names with a role must be found; those in plain backquotes may be parameters. Other projects' need a network.
+nitpicky = True
+nitpick_ignore_regex = [("py:obj", ".*"), ("py:.*", r"(torch|numpy|scipy|matplotlib)\..*")]
 
 myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
