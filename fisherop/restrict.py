@@ -253,7 +253,7 @@ class Band:
 
         def hartley(rows: Tensor) -> Tensor:
             spectrum: Tensor = torch.fft.fftn(rows.reshape(len(rows), *image.shape), dim=dims, norm="ortho")
-            return (spectrum.real - spectrum.imag).reshape(len(rows), -1)
+            return (spectrum.real - spectrum.imag).flatten(1)
 
         return Subspace(waves.size, lambda rows: hartley(waves.expand(rows)), lambda rows: waves.project(hartley(rows)))
 

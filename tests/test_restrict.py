@@ -191,6 +191,12 @@ def test_images_and_coordinates_are_each_others_adjoint(within):
     torch.testing.assert_close((images * anywhere).sum((1, 2, 3)), (z * F.from_image(anywhere)).sum(1))
 
 
+@pytest.mark.parametrize("within", WITHIN)
+def test_a_block_of_no_vectors_is_multiplied(within):
+    F = fo.FisherOperator(*build("dict"), within=WITHIN[within][0])
+    assert (F @ np.zeros((F.shape[0], 0))).shape == (F.shape[0], 0)
+
+
 @pytest.mark.parametrize("shape", [(9,), (1, 9), (3, 3), (2, 7)])
 def test_images_of_every_shape_are_restricted(shape):
     image = torch.rand(shape, generator=torch.Generator().manual_seed(0))

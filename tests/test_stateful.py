@@ -137,7 +137,7 @@ class Operators(RuleBasedStateMachine):
         self.near(op @ x, dense @ wide, np.linalg.norm(dense) * np.linalg.norm(wide))
 
     @rule(
-        columns=st.sampled_from([None, 1, 3, 20]),
+        columns=st.sampled_from([None, 0, 1, 3, 20]),
         form=st.sampled_from(sorted(FORMS)),
         adjoint=st.booleans(),
         seed=strategies.seeds(),
