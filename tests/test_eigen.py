@@ -146,6 +146,16 @@ def test_a_stopped_search_goes_on_from_its_result(method):
     assert (resumed.residuals < first.residuals).all()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_eigenvectors_of_another_part_of_the_spectrum_do_not_deceive_as_a_start(method):
+    values = np.linspace(1, 0.1, 100)
+    matrix, vectors = spectrum_operator(values)
+    for which in ("LM",) if method == "randomized_svd" else ("LM", "SM", "BE"):
+        for first in (0, 50, 98):
+            v0 = torch.from_numpy(vectors[:, first : first + 2].T.copy())
+            assert_right(solve(matrix, 2, which, method, v0=v0, maxiter=500), matrix.numpy())
+
+
 @given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.sampled_from(["LM", "SM", "BE"]))
 def test_residuals_and_bounds_are_what_they_say(seed, k, which):
     rng = np.random.default_rng(seed)

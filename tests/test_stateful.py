@@ -239,8 +239,7 @@ class Operators(RuleBasedStateMachine):
     @precondition(lambda self: self.kind == "Fisher" and not self.stale)
     def solve(self, which, method, k, resume, place):
         n = self.op.shape[0]
-        resume = resume and self.result is not None and method not in ("lobpcg", "power")
-        v0 = self.result.eigendistortions if resume else None
+        v0 = self.result.eigendistortions if resume and self.result is not None else None
         with warnings.catch_warnings(), CONTEXTS[place]():
             warnings.simplefilter("ignore")
             r = fo.eigendistortions(self.op, min(k, n), which, method, rng=0, v0=v0, maxiter=300)

@@ -96,14 +96,20 @@ class Request:
         top = min(largest, size - bottom)
         return [size - 1 - i for i in range(top)] + [bottom - 1 - i for i in range(bottom)]
 
-    def start(self, op: RowOperator, count: int, *, smallest: bool = False) -> Tensor:
+    def start(self, op: RowOperator, count: int, *, smallest: bool = False, blurred: bool = False) -> Tensor:
         """Return `count` orthonormal rows to start from: v0 as far as it goes, then random ones.
+
+        Rows that are eigenvectors already, but of another part of the spectrum, would stop a method that looks no
+        further: `blurred` adds random vectors in which every other eigenvector has a part well above the tolerance.
 
         An earlier result has its smallest pairs last, so the small end starts from the last rows of v0.
         """
         rows = op.random_rows(count, self.rng)
         if self.v0 is not None:
             rows = torch.cat([self.v0.flip(0) if smallest else self.v0, rows])[:count]
+            if blurred:
+                blur = min(0.1, 100 * self.tol * op.n**0.5)
+                rows = torch.nn.functional.normalize(rows) + blur / op.n**0.5 * op.random_rows(count, self.rng)
         return orthonormal(rows)
 
 

@@ -48,7 +48,7 @@ def _one_end(
         rows = torch.from_numpy(columns.reshape(op.n, -1).T.copy()).to(op.device)
         return np.asarray(op.metric.rows(rows).double().cpu().numpy().T)
 
-    start = request.start(op, count, smallest=not largest).double().cpu().numpy().T.copy()
+    start = request.start(op, count, smallest=not largest, blurred=True).double().cpu().numpy().T.copy()
     matrix = LinearOperator((op.n, op.n), matvec=scaled, matmat=scaled, dtype=np.float64)
     # Its residual norm is the usual one: the certificate's is this many times smaller, give or take the square root.
     tol = request.tol / 2 * (1.0 if op.metric is None else min(1.0, (op.metric.low * op.metric.high) ** 0.25))

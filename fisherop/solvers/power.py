@@ -27,7 +27,7 @@ def solve(op: RowOperator, request: Request, control: Control) -> Found:
 def _iterate(
     op: RowOperator, request: Request, control: Control, largest: int, smallest: int, lambda_max: float
 ) -> tuple[Tensor, float]:
-    x = request.start(op, largest + smallest, smallest=smallest > 0)
+    x = request.start(op, largest + smallest, smallest=smallest > 0, blurred=True)
     while True:
         products = op.rows(x)
         values, x, residual_vectors = ritz(x, products, largest, smallest)
