@@ -178,7 +178,7 @@ def _probe_rest(op: RowOperator, pairs: Pairs, request: Request) -> Steps[Probe]
         basis = torch.cat([basis, rest / beside[-1]])
     values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(beside[:-1], 1) + np.diag(beside[:-1], -1))
     top = max(float(pairs.values[0]), float(values[-1]))
-    share = float((vectors[0, values <= 10 * request.tol * top] ** 2).sum())
+    share = min(float((vectors[0, values <= 10 * request.tol * top] ** 2).sum()), 1.0)
     drift = float(pairs.norms.norm())
     low, high = float(values[0]), float(values[-1])
     if not exhausted and len(diagonal) < n:

@@ -63,6 +63,12 @@ def test_a_null_space_is_estimated_with_its_uncertainty():
     assert abs(estimate - 100) <= 2 * deviation
 
 
+@pytest.mark.parametrize("n", range(3, 30))
+def test_a_rest_that_is_all_null_space_is_probed(n):
+    result = fo.eigendistortions(spectrum_operator(np.eye(1, n)[0])[0], 1, "LM", rng=0, certify="probe")
+    assert "no larger eigenvalue was missed" in result.message
+
+
 def test_the_default_certificate_costs_k_products():
     calls = []
 
