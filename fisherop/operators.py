@@ -23,7 +23,7 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor
 
 from fisherop import gpu
-from fisherop.linearize import Linearization, Product
+from fisherop.linearize import Linearization, Product, exact_arithmetic
 from fisherop.noise import Gaussian, Noise
 from fisherop.restrict import subspace
 
@@ -177,6 +177,7 @@ class TensorOperator(LinearOperator):  # type: ignore[misc]
         result = self._on_rows(rows.reshape(-1, rows.shape[-1]), adjoint=adjoint)
         return np.swapaxes(result.reshape(*rows.shape[:-1], result.shape[-1]), -1, -2)
 
+    @exact_arithmetic()
     def _on_rows(self, rows: NDArray[Any], *, adjoint: bool) -> NDArray[Any]:
         if np.iscomplexobj(rows):
             real, imag = (self._on_rows(part, adjoint=adjoint) for part in (rows.real, rows.imag))
@@ -185,6 +186,7 @@ class TensorOperator(LinearOperator):  # type: ignore[misc]
         own = torch.from_numpy(np.array(rows, dtype=self.dtype, order="C")).to(self.device)
         return self._product(adjoint)(own).cpu().numpy()
 
+    @exact_arithmetic()
     def _on_tensor(self, x: Tensor, *, adjoint: bool) -> Tensor:
         inner = self.shape[0 if adjoint else 1]
         if x.ndim not in (1, 2) or len(x) != inner:

@@ -111,6 +111,18 @@ def test_scaling_the_model_changes_no_flag(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_autocast_around_a_product_or_a_solver_rounds_nothing(method):
+    noise = fo.noise.Gaussian((torch.ones(40, 1), 1.0))
+    F = fo.FisherOperator(*build("fourier", torch.float32), noise)
+    x, which = torch.from_numpy(block(0, 64, 3)).float(), "LM" if method == "randomized_svd" else "BE"
+    product, plain = F @ x, solve(F, 2, which, method)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(F @ x, product)
+        np.testing.assert_allclose(solve(F, 2, which, method).eigenvalues, plain.eigenvalues, rtol=1e-6)
+        assert torch.isfinite(fo.project_to_null(F, x[:, 0]).image).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_the_same_seed_gives_the_same_answer(method):
     matrix, _ = spectrum_operator(np.linspace(1, 0, 200))
     which = "LM" if method == "randomized_svd" else "BE"

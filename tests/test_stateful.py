@@ -39,6 +39,7 @@ CONTEXTS = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
     "enable_grad": torch.enable_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "default float64": lambda: default_dtype(torch.float64),
     "default float32": lambda: default_dtype(torch.float32),
 }

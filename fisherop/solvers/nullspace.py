@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fisherop.linearize import exact_arithmetic
 from fisherop.operators import InformationOperator
 from fisherop.rows import RowOperator
 from fisherop.solvers import lanczos
@@ -92,6 +93,7 @@ class NullProjection:
     message: str
 
 
+@exact_arithmetic()
 def project_to_null(
     op: Any,
     image: Tensor | NDArray[Any],
