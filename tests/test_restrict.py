@@ -257,6 +257,14 @@ def test_the_null_space_is_projected_on_within_the_restriction():
     assert p.image.norm() == pytest.approx(coordinates.norm())
 
 
+@pytest.mark.parametrize("within", [block(0, 25, 25), fo.restrict.Band(0.0)], ids=["matrix", "band"])
+def test_a_restriction_to_all_distortions_projects_pictures_as_none_does(within):
+    model, image = build("linear m<n")
+    picture = torch.from_numpy(block(1, *image.shape))
+    expected, found = (fo.project_to_null(fo.FisherOperator(model, image, within=w), picture) for w in (None, within))
+    torch.testing.assert_close(found.image, expected.image, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("within", ["mask", "channel", "positions", "band", "matrix"])
 def test_a_copy_by_pickle_keeps_restriction_and_noise(within):
     model, image = build("dict")

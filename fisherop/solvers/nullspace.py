@@ -247,8 +247,11 @@ def _row(op: RowOperator, image: Any) -> Tensor:
 
 
 def _restricted(op: RowOperator, size: int) -> bool:
-    """Tell whether something of this size is a picture, and the operator one of distortions within a subspace."""
-    return isinstance(op.source, InformationOperator) and size == op.source.image_shape.numel() != op.n
+    """Tell whether something of this size is a picture, and the operator one of distortions within a subspace.
+
+    Where the subspace is all of the images, in coordinates of its own, a picture is a picture still.
+    """
+    return isinstance(op.source, InformationOperator) and size == op.source.image_shape.numel()
 
 
 def _answer(projection: Projection, tol: float, least: float, control: Control, image: Any) -> NullProjection:
