@@ -241,6 +241,14 @@ def test_zero_f_gives_zeros_and_a_warning(method):
     assert np.array_equal(result.residuals, [0, 0])
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "randomized_svd"])
+def test_a_factor_without_rows_is_zero(method):
+    nothing = fo.noise.Custom(torch.zeros(1, 1), root=torch.zeros(0, 1))
+    F = fo.FisherOperator(lambda x: x.sum(), torch.ones(40), nothing)
+    with pytest.warns(UserWarning, match="F = 0"):
+        assert not fo.eigendistortions(F, 2, "SM", method).eigenvalues.any()
+
+
 def test_a_floor_above_the_tolerance_is_told_apart_from_a_small_budget():
     F = fo.FisherOperator(*build("fourier", torch.float32))
     with pytest.warns(fo.ConvergenceWarning, match="floor in torch.float32: loosen tol"):

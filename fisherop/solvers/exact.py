@@ -24,7 +24,7 @@ def solve(op: RowOperator, request: Request, control: Control) -> Found:
 
 def steps(op: RowOperator, request: Request, control: Control) -> Steps[Found]:
     """Do what `solve` does, asking for every product."""
-    if op.m is not None and op.m < op.n:
+    if op.m and op.m < op.n:
         return (yield from _short_side(op, request, control))
     columns = (yield from _images_of_identity("factor" if op.factored else "rows", op.n, op, control)).double()
     matrix = columns @ columns.T if op.factored else symmetric(columns)
