@@ -458,7 +458,7 @@ class Lifted(TensorOperator):
 
     def rows(self, block: Tensor) -> Tensor:
         """Multiply every row."""
-        return self.op.rows(block) + self.shift * block
+        return torch.add(self.op.rows(block), block, alpha=self.shift)
 
     def adjoint_rows(self, block: Tensor) -> Tensor:
         """Multiply every row by the transpose, which is the same."""
