@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import MODELS, build, dense_jacobian
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fisherop.linearize import Linearization
 
@@ -23,6 +24,35 @@ def test_both_products_agree_with_the_dense_jacobian(name, dtype):
     scale = EPS[dtype] * dense.norm()
     assert (at.jvp(torch.eye(n, dtype=dtype)).T - dense).norm() <= scale
     assert (at.vjp(torch.eye(m, dtype=dtype)) - dense).norm() <= scale
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Count one, and do it."""
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_conjugates_do_not_make_a_block_one_product_after_another():
+    def correlations(x):
+        spectrum = torch.fft.fft2(x)
+        return torch.view_as_real(spectrum.roll(1, -1) * spectrum.conj() * torch.conj_physical(spectrum.exp()))
+
+    at = Linearization(correlations, torch.rand(6, 5, generator=torch.Generator().manual_seed(0)))
+    assert at.strategy == "recorded"
+    at = Linearization(correlations, at.image, tuning={"block": 16})
+    for product, length in ((at.jvp, 30), (at.vjp, 60)):
+        product(torch.ones(2, length))  # checked at first use
+        counts = []
+        for size in (2, 16):
+            with Operations() as operations:
+                product(torch.ones(size, length))
+            counts.append(operations.count)
+        assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("name", MODELS)

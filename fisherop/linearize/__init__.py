@@ -57,9 +57,12 @@ TRIAL_SECONDS = 0.03
 """Products that take longer are not repeated at construction to find the best block size."""
 
 DEAR_SECONDS = 0.25
-"""Products that take longer are not even compared with blocks, which are rarely slower and checked at first use."""
+"""Products that take longer are not even compared with blocks, which are checked at first use."""
 
 DEAR_BLOCK = 8
+DEAR_BYTES = 1 << 26
+"""What the intermediate values of such a block may take: blocks save on reading weights, and lose where these are few
+beside the values, which the processor's caches then no longer hold."""
 
 
 class Linearization:
@@ -218,13 +221,13 @@ class Linearization:
         codes = {name: code(program) for name, program in programs.items()}
         blocks = [_Block(bound(codes[name], p.constants), *probes[name]) for name, p in programs.items()]
         _replayed(blocks)
-        room = _block_bytes(self.device) // max(program.peak_bytes() for program in programs.values())
-        room = max(1, min(LARGEST_BLOCK, room))
+        peak = max(program.peak_bytes() for program in programs.values())
+        room = max(1, min(LARGEST_BLOCK, _block_bytes(self.device) // peak))
         if pinned:
             self.tuning |= {key: pinned[key] for key in ("layout", "block") if key in pinned}
             self.tuning["block"] = min(self.tuning.get("block", 1), room)
         else:
-            cost, self.tuning["block"] = _best_block(blocks, room)
+            cost, self.tuning["block"] = _best_block(blocks, room, peak)
         turned = variants.channels_last(programs) if not pinned or pinned.get("layout") == "channels_last" else None
         if turned is None:
             return blocks, programs
@@ -235,7 +238,7 @@ class Linearization:
             return blocks, programs
         if not pinned:
             self.tuning["layout"] = "contiguous"
-            turned_cost, block = _best_block(turned_blocks, room) if single < cost else (single, 1)
+            turned_cost, block = _best_block(turned_blocks, room, peak) if single < cost else (single, 1)
             if turned_cost >= 0.95 * cost:
                 return blocks, programs
             self.tuning |= {"layout": "channels_last", "block": block}
@@ -336,11 +339,11 @@ class _Block:
         return variants.seconds(self, self.vector.reshape(1, -1).repeat(size, 1))
 
 
-def _best_block(products: list[_Block], room: int) -> tuple[float, int]:
+def _best_block(products: list[_Block], room: int, peak: int) -> tuple[float, int]:
     """Return the seconds a vector and the block size with the highest throughput; dear products are tried less."""
     single = min(sum(p.single for p in products), _replayed(products))
     if single > DEAR_SECONDS:
-        return single, min(room, DEAR_BLOCK)
+        return single, max(1, min(room, DEAR_BLOCK, DEAR_BYTES // peak))
     if single > TRIAL_SECONDS:
         pair = sum(p.seconds_of_pair() for p in products)
         return (pair / 2, min(room, DEAR_BLOCK)) if pair < 1.9 * single else (single, 1)

@@ -358,12 +358,19 @@ class Recorder(TorchDispatchMode):
             constant.copy = constant.value.clone()
 
 
+def conjugated(x: Tensor) -> Tensor:
+    """Return the conjugate in memory of its own, as `conj_physical` does, for which vmap has no rule."""
+    result: Tensor = aten.resolve_conj.default(aten._conj.default(x))
+    return result
+
+
 _READS_VALUES = (aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.allclose.default)
 _PLAIN = {  # what speaks of strides, or sets a bit that later copies clear, as the mathematical function it is
     aten.view.default: (aten.reshape.default, 2),
     aten._unsafe_view.default: (aten.reshape.default, 2),
     aten._reshape_alias.default: (aten.reshape.default, 2),
-    aten._conj.default: (aten.conj_physical.default, 1),
+    aten._conj.default: (conjugated, 1),
+    aten._conj_physical.default: (conjugated, 1),
     aten._neg_view.default: (aten.neg.default, 1),
 }
 _PRODUCTS = (aten.mm.default, aten.bmm.default, aten.convolution.default)
