@@ -91,11 +91,17 @@ def test_with_too_few_steps_the_best_pairs_come_with_one_warning(method):
         warnings.simplefilter("always")
         result = fo.eigendistortions(matrix, 4, which, method, maxiter=2, tol=1e-9, rng=0)
     assert [w.category for w in caught] == [fo.ConvergenceWarning]
-    assert caught[0].filename == __file__
     assert "raise maxiter" in str(caught[0].message)
     assert not result.converged.all()
     assert result.eigendistortions.shape == (4, 400)
     assert (np.diff(result.eigenvalues) <= 0).all()
+
+
+@pytest.mark.parametrize("method", ["lanczos", "power"])
+def test_the_warning_points_at_the_line_that_called(method):
+    with pytest.warns(fo.ConvergenceWarning) as caught:
+        fo.eigendistortions(np.diag(np.linspace(1, 0.1, 400)), 4, "LM", method, maxiter=2, tol=1e-9, rng=0)
+    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize("method", METHODS)
