@@ -393,6 +393,14 @@ def test_products_are_counted_and_seeds_decide(name, monkeypatch):
     assert first.standard_error == again.standard_error
 
 
+@pytest.mark.parametrize("name", ["trace", "frobenius_norm", "participation_ratio"])
+def test_a_krylov_space_is_built_where_it_pays_and_not_on_a_flat_spectrum(name):
+    for values, dimensions, n_probes in ((SPECTRA["flat"], 4, 60), (SPECTRA["decaying"], 32, 32)):
+        estimate = CALLS[name](hidden(values), rng=0)
+        assert estimate.message == f"{n_probes} probes orthogonal to a Krylov space of {dimensions} dimensions."
+        assert (estimate.n_probes, estimate.n_matvec) == (n_probes, 64)
+
+
 def test_half_products_are_used_where_the_factor_is_known():
     F = fo.FisherOperator(torch.nn.Conv2d(3, 8, 5), torch.rand(1, 3, 24, 24))
     found = fo.trace(F, 32, rng=0)

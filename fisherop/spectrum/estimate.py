@@ -136,6 +136,11 @@ def planned(
     return Plan(int(n_probes), int(first), rtol, generator, callback)
 
 
+def more(plan: Plan, probes: float) -> Plan:
+    """Return a plan with more probes: what something else was to cost, and did not."""
+    return replace(plan, n_probes=plan.n_probes + int(probes))
+
+
 def cheaper(
     plan: Plan, probe: float, dense: float, exact: Callable[[], Estimate], sample: Callable[[Plan], Estimate]
 ) -> Estimate:

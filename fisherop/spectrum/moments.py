@@ -12,13 +12,15 @@ to it, and ``||F||_F^2 = ||F Q||_F^2 + ||F P||_F^2``. The second terms are means
     hold the truth in as little as half of the runs.
 3.  Probes lie on a sphere, so that a multiple of the identity adds nothing to the variance.
 4.  Where F = L^T L is known, ``z^T F z = ||L z||^2`` is half a product.
+5.  Where the first few products show that a space takes away less of the variance than as many probes would, as on a
+    flat spectrum, it is left at that. Probes are drawn after, so that given Q nothing is biased by the choice.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,7 @@ from fisherop.spectrum.estimate import (
     cheaper,
     exactly,
     mean_of,
+    more,
     planned,
     sampled,
 )
@@ -46,6 +49,8 @@ from fisherop.spectrum.estimate import (
 N_PROBES = 64
 MOST_PROBES = 4096
 BLOCK = 64
+LOOKS = (4, 8, 16, 32, 64)
+"""Products after which a Krylov space is asked whether it is of use."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,13 @@ class Krylov:
         return values[good].cpu().numpy(), vectors[:, good].T.to(self.rows) @ self.rows
 
 
-def krylov(op: RowOperator, size: int, rng: np.random.Generator) -> Krylov:
-    """Run Lanczos for `size` products, fully reorthogonalized, with a new random row where a space is exhausted."""
+def krylov(
+    op: RowOperator, size: int, rng: np.random.Generator, enough: Callable[[Krylov], bool] = lambda space: False
+) -> Krylov:
+    """Run Lanczos for `size` products, fully reorthogonalized, with a new random row where a space is exhausted.
+
+    `enough` is asked a few times whether to leave it at that.
+    """
     size = max(1, min(size, op.n, BASIS_BYTES // (op.n * op.dtype.itemsize)))
     basis = torch.empty(size, op.n, dtype=op.dtype, device=op.device)
     matrix = torch.zeros(size, size, dtype=torch.float64, device=op.device)
@@ -91,12 +101,32 @@ def krylov(op: RowOperator, size: int, rng: np.random.Generator) -> Krylov:
         for _ in range(2):
             rest = rest - (rest @ basis[: j + 1].T) @ basis[: j + 1]
         beyond = float(rest.double().norm())
+        space = Krylov(basis[: j + 1], matrix[: j + 1, : j + 1], squares, beyond)
+        if j + 1 in LOOKS and enough(space):
+            break
         if beyond <= 10 * torch.finfo(op.dtype).eps * float(matrix[: j + 1, : j + 1].abs().max()):
             rest = op.random_rows(1, rng)
         row = orthonormal(rest, basis[: j + 1])
         if not len(row):
-            return Krylov(basis[: j + 1], matrix[: j + 1, : j + 1], squares)
-    return Krylov(basis, matrix, squares, beyond)
+            return replace(space, beyond=0.0)
+    return space
+
+
+def worthwhile(op: RowOperator, size: int, rng: np.random.Generator) -> Krylov:
+    """Run Lanczos as long as it promises to be worth its products, at most `size` of them, half of all there are.
+
+    The variance of probes is in proportion to ``||F - mu I||_F^2`` with mu the mean eigenvalue, whose estimates from
+    the first row q are n times ``||F q - mu q||^2`` and ``mu = q^T F q``. The space takes away ``||(F - mu I) Q||_F^2``
+    of it. If that is no larger a part than of the products all there are would leave for probes, it never pays.
+    """
+
+    def enough(space: Krylov) -> bool:
+        used, mean = len(space.rows), float(space.matrix[0, 0])
+        whole = op.n * float(space.matrix[1, 0]) ** 2
+        taken = space.squares - 2 * mean * space.trace + used * mean**2
+        return bool(taken < used / (2 * size) * whole)
+
+    return krylov(op, size, rng, enough)
 
 
 def sphere(op: RowOperator, count: int, rng: np.random.Generator, against: Tensor | None = None) -> Tensor:
@@ -126,8 +156,9 @@ def trace(
     op : FisherOperator, LinearOperator, sparse or dense matrix
         Any n x n symmetric positive semidefinite operator.
     n_probes : int, optional
-        Random vectors, 64 by default. As much again goes into a Krylov space that they are orthogonal to. A vector
-        costs half a product where F = L^T L is known, as for a Fisher operator, else a whole one.
+        Random vectors, 64 by default. As much again goes into a Krylov space that they are orthogonal to, or, where
+        this is seen to be of no use, into more vectors. A vector costs half a product where F = L^T L is known, as for
+        a Fisher operator, else a whole one.
     rtol : float, optional
         Stop when half the 95 % interval is no more than this part of the value; then `n_probes` is the most to take,
         4096 by default, and the result's `converged` says whether it was reached.
@@ -166,7 +197,9 @@ def trace(
     probe = 0.5 if operator.factored else 1.0
 
     def sample(plan: Plan) -> Estimate:
-        space = krylov(operator, int(probe * plan.first), plan.rng)
+        size = int(probe * plan.first)
+        space = worthwhile(operator, size, plan.rng)
+        plan = more(plan, (size - len(space.rows)) / probe)
         samples: list[float] = []
 
         def draw(count: int) -> int:
@@ -278,7 +311,8 @@ def _second_moment(
         return exactly(known(float(values.sum()), float(np.linalg.norm(values))), operator.n_matvec)
 
     def sample(plan: Plan) -> Estimate:
-        space = krylov(operator, plan.first, plan.rng)
+        space = worthwhile(operator, plan.first, plan.rng)
+        plan = more(plan, plan.first - len(space.rows))
         traces: list[float] = []
         squares: list[float] = []
 

@@ -21,7 +21,7 @@ from fisherop.result import Eigendistortions
 from fisherop.rows import RowOperator
 from fisherop.solvers.contract import Progress, orthonormal, symmetric
 from fisherop.spectrum.estimate import LEVEL, Estimate, Floats, Judged, Plan, cheaper, exactly, planned, sampled
-from fisherop.spectrum.moments import exact_products, images_of_identity, krylov
+from fisherop.spectrum.moments import exact_products, images_of_identity, worthwhile
 
 N_PROBES = 64
 MOST_PROBES = 4096
@@ -79,7 +79,7 @@ def sensitivity_map(
     The standard error of a pixel is ``sqrt(2 / N)`` of its value, for N = 2 n_probes combinations: 8.8 % of it with
     n_probes = 128, half of the pixels within 6 %. Its interval is that of a chi-squared variable with N degrees of
     freedom, exact for any model. Without the factor the estimate is the mean of z * (F z) over random signs z: Bekas,
-    Kokiopoulou and Saad (2007), "An estimator for the diagonal of a matrix". What a Krylov space of half of the
+    Kokiopoulou and Saad (2007), "An estimator for the diagonal of a matrix". What a Krylov space of up to half of the
     products knows of F, or what `deflate` does, is taken out and added exactly, and no rest is let below zero.
 
     Examples
@@ -134,11 +134,12 @@ def _by_signs(op: RowOperator, plan: Plan, known: Tensor | None) -> Estimate:
     """Average z * (F z) over random signs, less the Nystrom approximation from known vectors, which is added exactly.
 
     The approximation is F V (V^T F V)^-1 V^T F: it lies below F, so that what is left is semidefinite. Where nothing is
-    known, V is a Krylov space for half of the products: signs alone see every off-diagonal entry of F as noise.
+    known, V is a Krylov space for half of the products, or fewer where it is of no use: signs alone see every
+    off-diagonal entry of F as noise.
     """
     if known is None:
-        space = krylov(op, plan.first // 2, plan.rng)
-        plan = replace(plan, n_probes=plan.n_probes - plan.first // 2)
+        space = worthwhile(op, plan.first // 2, plan.rng)
+        plan = replace(plan, n_probes=plan.n_probes - len(space.rows))
         # The products with all rows but the last lie in the space.
         known, products = space.rows[:-1].double(), space.matrix[:-1] @ space.rows.double()
     else:
