@@ -437,6 +437,13 @@ def test_zero_operator_has_zero_everything():
     assert spectrum.lambda_max(big, rng=0).high == 0
 
 
+def test_a_factor_without_rows_has_zero_everything():
+    nothing = fo.noise.Custom(torch.zeros(1, 1), root=torch.zeros(0, 1))
+    F = fo.FisherOperator(lambda x: x.sum(), torch.ones(4, 10), nothing)
+    assert fo.trace(F).value == spectrum.frobenius_norm(F).value == spectrum.rank(F).value == 0
+    assert torch.equal(fo.sensitivity_map(F).value, torch.zeros(4, 10).double())
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [

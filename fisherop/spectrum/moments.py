@@ -356,7 +356,7 @@ def images_of_identity(op: RowOperator) -> list[Tensor]:
     """Return the images of the identity under the factor, from its short side, or under F where there is none."""
     if not op.factored:
         product, order = op.rows, op.n
-    elif op.m is not None and op.m < op.n:
+    elif op.m and op.m < op.n:
         product, order = op.factor_adjoint, op.m
     else:
         product, order = op.factor, op.n

@@ -178,7 +178,7 @@ def _exact_diagonal(op: RowOperator) -> Floats:
     if not op.factored:
         diagonal: Floats = torch.cat(blocks).double().diagonal().clamp(min=0).cpu().numpy()
         return diagonal
-    if op.m is not None and op.m < op.n:  # rows of L
+    if op.m and op.m < op.n:  # rows of L
         return _squared(op, torch.cat(blocks))
     return _squared(op, torch.cat(blocks).T.contiguous())
 
