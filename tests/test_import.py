@@ -33,6 +33,18 @@ print(time.process_time() - start)
 """
 
 
+# What torch does once in a process, and may warn of, is done for each of these here.
+USED = """
+import warnings
+import numpy, torch, scipy.sparse.linalg, fisherop as fo
+warnings.simplefilter("error")
+for model in (fo.OnOff(), torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU()), lambda x: x.sort().values):
+    F = fo.FisherOperator(model, torch.rand(1, 1, 16, 16))
+    F @ numpy.ones((256, 3))
+    fo.eigendistortions(F, k=2, which="BE", rng=0)
+"""
+
+
 def fresh(code, *arguments):
     """Return what a new process of Python prints on this."""
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
@@ -63,3 +75,8 @@ def test_importing_adds_less_than_a_tenth_of_a_second(record_property, tmp_path)
     spent = min(float(fresh(TIMED, str(tmp_path)).stdout) for _ in range(RUNS))
     record_property("seconds", spent)
     assert spent < LIMIT
+
+
+def test_the_first_operators_of_a_process_warn_of_nothing():
+    used = fresh(USED)
+    assert (used.stdout, used.stderr) == ("", "")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -104,11 +106,27 @@ def reverse_mode(leaf: Tensor, response: Tensor) -> Product:
     return product
 
 
+@contextmanager
+def dual_level() -> Iterator[None]:
+    """Enter torch's one level of forward mode."""
+    with forward_ad.dual_level():
+        _load_rules_of_forward_mode()
+        yield
+
+
+@cache
+def _load_rules_of_forward_mode() -> None:
+    """Let torch load its rules, in the course of which it warns of its own use of torch.jit."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+
+
 def forward_mode(respond: Product, image: Tensor, m: int) -> Product:
     """Return J by forward-mode differentiation of the whole model at every product."""
 
     def product(tangent: Tensor) -> Tensor:
-        with forward_ad.dual_level():
+        with dual_level():
             dual = forward_ad.make_dual(image, tangent.view_as(image))
             change = forward_ad.unpack_dual(respond(dual)).tangent
         return tangent.new_zeros(m) if change is None else change

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fisherop.linearize.autodiff import Product, random_like
+from fisherop.linearize.autodiff import Product, dual_level, random_like
 from fisherop.linearize.checks import adjoint
 from fisherop.linearize.program import Program, aten, compiled, memory_key
 
@@ -91,7 +91,7 @@ def _forward(respond: Product, leaf: Tensor, tangent: Tensor) -> tuple[Tensor, T
         recorder = Recorder(tangent)
         try:
             torch._C._set_mkldnn_enabled(fused)  # mkldnn.flags() would set TF32 too, and warn
-            with torch.enable_grad(), forward_ad.dual_level(), recorder:
+            with torch.enable_grad(), dual_level(), recorder:
                 response, change = forward_ad.unpack_dual(respond(forward_ad.make_dual(leaf, tangent)))
                 change = torch.zeros_like(response) if change is None else change
             return response, change, recorder.program(change)
