@@ -6,9 +6,7 @@ eigenvectors u give those of F as L^T u / sqrt(lambda), and everything orthogona
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop.rows import RowOperator
@@ -37,15 +35,6 @@ def solve_small(op: RowOperator, request: Request, control: Control) -> Found:
     """Solve a problem that is too small for an iterative method, and say so."""
     found = solve(op, request, control)
     return Found(found.vectors, found.lambda_max, found.nullity, "n is so small that the dense problem was solved")
-
-
-def spectrum(op: RowOperator) -> NDArray[np.float64]:
-    """Return all eigenvalues, descending, but for the n - m zeros where m < n."""
-    product: Kind = ("factor_adjoint" if size(op) < op.n else "factor") if op.factored else "rows"
-    matrix = run(op, _images_of_identity(product, size(op), op, Control(op, size(op)))).double()
-    values = torch.linalg.eigvalsh(matrix @ matrix.T if op.factored else symmetric(matrix))
-    descending: NDArray[np.float64] = values.flip(0).clamp(min=0).cpu().numpy()
-    return descending
 
 
 def size(op: RowOperator) -> int:

@@ -31,6 +31,7 @@ from fisherop.models import Layer
 from fisherop.operators import FisherOperator
 from fisherop.rows import RowOperator
 from fisherop.solvers import exact
+from fisherop.spectrum.moments import eigenvalues
 from fisherop.surveys.cells import Cell, Settings, build, fingerprint, seed_of
 
 TUNING = {"block": 8, "others": "cheapest"}
@@ -212,7 +213,7 @@ def _whole_spectrum(op: FisherOperator) -> dict[str, Any]:
     order = exact.size(rows)
     if order > SPECTRUM_ORDER:
         return {"message": f"not computed: a dense problem of order {order} is beyond {SPECTRUM_ORDER}"}
-    values = exact.spectrum(rows)
+    values = eigenvalues(rows)[::-1]
     places = np.unique(np.geomspace(1, order, SPECTRUM_POINTS).round().astype(int) - 1)
     total, squares = float(values.sum()), float((values**2).sum())
     return {
