@@ -154,6 +154,24 @@ def test_a_callback_sees_every_step_and_can_stop(method):
         fo.eigendistortions(matrix, 4, which, method, tol=1e-9, callback=stop_at_3)
     assert [p.iteration for p in seen] == [1, 2, 3]
     assert [p.n_matvec for p in seen] == sorted(p.n_matvec for p in seen)
+    if method not in ("arpack", "lobpcg", "primme", "cupyx"):  # those do not know their residuals
+        assert all(1e-9 < p.residuals.max() < 10 for p in seen)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("auto", "exact", "cupyx")])
+def test_a_problem_too_small_for_a_method_is_solved_whatever_the_method(method):
+    matrix, _ = spectrum_operator(np.linspace(1, 0, 4))
+    result = solve(matrix, 2, "LM", method)
+    assert_right(result, matrix.numpy())
+    assert result.converged.all()
+    if method in ("arpack", "lobpcg", "primme"):
+        assert "n is so small that the dense problem was solved" in result.message
+
+
+@pytest.mark.parametrize("method", ["lanczos", "davidson", "exact"])
+def test_the_dimension_of_a_null_space_that_was_seen_whole_is_told(method):
+    result = solve(spectrum_operator(np.append(np.linspace(1, 0.5, 37), np.zeros(3)))[0], 6, "SM", method)
+    assert result.nullity == 3
 
 
 @pytest.mark.parametrize("method", ["lobpcg", "power"])

@@ -1,6 +1,7 @@
 """Laws of response noise: what W is for each likelihood, and how F follows from it."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -267,6 +268,28 @@ def test_a_covariance_as_an_operator_is_refused_for_its_inverse():
         gaussian(*build("fourier"), "unit")
     with pytest.raises(TypeError, match="covariance must be real"):
         gaussian(*build("fourier"), torch.ones(40) + 0j)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_a_precision_of_any_scale_keeps_what_it_knows_and_its_null_space(scale):
+    W = scale * torch.diag(torch.tensor([4.0, 1.0, 0.0])).double()
+    F = fo.FisherOperator(torch.nn.Identity(), torch.zeros(3).double(), fo.noise.Custom(W))
+    assert F.factor_size == 2
+    torch.testing.assert_close(F @ torch.eye(3).double(), W, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match=re.escape(f"its least eigenvalue is {-1e-3 * scale:.3g}")):
+        dense(torch.nn.Identity(), torch.zeros(3).double(), fo.noise.Custom(W - 1e-3 * scale * torch.eye(3)))
+
+
+def test_a_noise_is_checked_without_the_global_random_numbers():
+    state = torch.random.get_rng_state()
+    dense(torch.nn.Identity(), torch.zeros(2), fo.noise.Custom(torch.eye(2), root=torch.eye(2)))
+    dense(torch.nn.Identity(), torch.zeros(2), fo.noise.Custom(lambda rows: 2 * rows))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_gain_that_fits_no_response_is_named():
+    with pytest.raises(ValueError, match=r"gain of shape \(2,\) has 2 .* response 3: give one number, or one gain for"):
+        dense(torch.nn.Identity(), torch.ones(3), fo.noise.Poisson(gain=torch.ones(2)))
 
 
 def test_a_negative_rate_is_refused():
