@@ -8,7 +8,6 @@ import warnings
 
 import numpy as np
 import pytest
-import torch
 from scipy.sparse.linalg import aslinearoperator
 from strategies import spectrum_operator
 

@@ -168,6 +168,15 @@ def test_a_problem_too_small_for_a_method_is_solved_whatever_the_method(method):
         assert "n is so small that the dense problem was solved" in result.message
 
 
+@pytest.mark.parametrize("n", [60, 64, 66, 90])
+@pytest.mark.parametrize("method", ["arpack", "lobpcg"])
+def test_a_problem_about_as_large_as_a_basis_is_solved(method, n):
+    matrix, _ = spectrum_operator(np.linspace(1, 0, n))
+    result = solve(matrix, 4, "BE", method, maxiter=2000)
+    assert_right(result, matrix.numpy())
+    assert result.converged.all()
+
+
 @pytest.mark.parametrize("method", ["lanczos", "davidson", "exact"])
 def test_the_dimension_of_a_null_space_that_was_seen_whole_is_told(method):
     result = solve(spectrum_operator(np.append(np.linspace(1, 0.5, 37), np.zeros(3)))[0], 6, "SM", method)

@@ -40,6 +40,12 @@ def test_a_factored_operator_gives_values_zero_to_rounding(name):
     assert (result.eigenvalues <= 1e-10 * result.lambda_max).all()
 
 
+def test_a_null_space_that_was_found_is_not_missed():
+    result = run(spectrum_operator(np.append(FULL_RANK, np.zeros(50)))[0], 0, 3)
+    assert result.converged.all()
+    assert result.message.split("; ")[1].startswith("3 of the smallest are zero to within tol")
+
+
 @pytest.mark.parametrize("values", [FULL_RANK, np.ones(200), np.concatenate([FULL_RANK[:-1], [0]])])
 def test_fewer_null_directions_than_wanted_are_never_claimed(values):
     result = run(spectrum_operator(values)[0], 0, 3)
