@@ -77,6 +77,12 @@ def test_products_are_those_measured(method, name, which):
     assert abs(spent(name, method, which) - expected) <= 0.1 * expected + 4
 
 
+@pytest.mark.parametrize(("method", "most"), [("lanczos", 60), ("arpack", 80)])
+def test_one_pair_alone_is_not_searched_for_copies(method, most):
+    matrix = spectrum_operator(SPECTRA["flat"])[0]
+    assert fo.eigendistortions(matrix, 1, "LM", method, rng=0).n_matvec <= most
+
+
 def restarted(solver, name, ends, basis):
     """Return the products that a solver needs with a basis so small that it has to restart."""
     op = RowOperator(spectrum_operator(SPECTRA[name])[0])

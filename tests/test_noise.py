@@ -288,6 +288,8 @@ def test_a_noise_is_checked_without_the_global_random_numbers():
 
 
 def test_a_gain_that_fits_no_response_is_named():
+    with pytest.raises(ValueError, match="gain must be positive and finite"):
+        dense(torch.nn.Identity(), torch.ones(3), fo.noise.Poisson(gain=float("nan")))
     with pytest.raises(ValueError, match=r"gain of shape \(2,\) has 2 .* response 3: give one number, or one gain for"):
         dense(torch.nn.Identity(), torch.ones(3), fo.noise.Poisson(gain=torch.ones(2)))
 

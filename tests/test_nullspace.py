@@ -100,6 +100,14 @@ def test_the_projection_is_the_orthogonal_one(name, dtype):
     assert "lies in the null space" in result.message
 
 
+def test_null_vectors_of_a_result_of_both_ends_are_gone_on_from():
+    op = spectrum_operator(VALUES)[0]
+    first = run(op, 2, 3)
+    again = run(op, 2, 3, v0=torch.as_tensor(first.eigendistortions))
+    assert again.converged.all()
+    assert again.n_matvec < 0.6 * first.n_matvec
+
+
 def test_arrays_come_back_as_arrays():
     result = project_to_null(np.diag([2.0, 1.0, 0.0, 0.0]), np.ones((2, 2)))
     np.testing.assert_allclose(result.image, [[0, 0], [1, 1]], atol=1e-6)
@@ -111,7 +119,8 @@ def test_no_null_space_is_said():
     for op in (spectrum_operator(FULL_RANK)[0], np.eye(200)):
         result = project_to_null(op, np.ones(200))
         assert not result.converged
-        assert "nothing of the image" in result.message
+        words = "nothing of the image lies in a null space of F, if F has one at all"
+        assert result.message == f"{words}; {result.n_matvec} products."
     whole = project_to_null(np.zeros((3, 3)), np.ones(3))
     assert whole.converged
     assert whole.kept == 1
@@ -120,7 +129,10 @@ def test_no_null_space_is_said():
 
 def test_the_budget_and_the_callback_stop_it():
     op = spectrum_operator(VALUES)[0]
-    assert "raise maxiter" in project_to_null(op, np.ones(200), maxiter=3).message
+    short = project_to_null(op, np.ones(200), maxiter=3)
+    assert short.message.endswith(
+        f"raise maxiter, pass the result's image to go on, or loosen tol; {short.n_matvec} products."
+    )
     seen = []
     stopped = project_to_null(
         op, np.ones(200), callback=lambda progress: seen.append(progress.iteration) or len(seen) == 5

@@ -187,6 +187,7 @@ def test_images_and_coordinates_are_each_others_adjoint(within):
     images = F.to_image(z)
     assert images.shape == (3, *SHAPE[1:])
     torch.testing.assert_close(F.from_image(images), z)
+    assert F.from_image(images.half()).dtype == z.dtype
     anywhere = torch.from_numpy(block(1, 3, *SHAPE[1:]))
     torch.testing.assert_close((images * anywhere).sum((1, 2, 3)), (z * F.from_image(anywhere)).sum(1))
 
