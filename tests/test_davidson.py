@@ -197,6 +197,25 @@ def test_restarts_cost_products_but_no_digits(basis):
         np.testing.assert_allclose(theta, wanted, atol=1e-8)
 
 
+@pytest.mark.parametrize(
+    ("method", "n", "k", "entries"),
+    [
+        ("exact", 60, 1, True),
+        ("exact", 600, 1, True),
+        ("auto", 512, 1, True),
+        ("auto", 513, 1, False),
+        ("lobpcg", 32, 4, True),
+        ("lobpcg", 60, 1, False),
+        ("davidson", 60, 1, False),
+    ],
+)
+def test_a_small_metric_is_known_by_its_entries(method, n, k, entries):
+    M = aslinearoperator(np.diag(np.linspace(1, 2, n)))
+    result = fo.eigendistortions(np.diag(np.linspace(1, 0.1, n)), k, "LM", method, M=M, rng=0)
+    assert ("M factorized" in result.message) == entries
+    assert ("M known by its products" in result.message) != entries
+
+
 def test_copies_of_a_multiple_value_and_a_null_space_are_found():
     F, _ = spectrum_operator(np.r_[np.ones(5), np.linspace(0.5, 0.1, 140), np.zeros(5)])
     for which in ("LM", "SM"):

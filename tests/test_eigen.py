@@ -158,6 +158,17 @@ def test_a_callback_sees_every_step_and_can_stop(method):
         assert all(1e-9 < p.residuals.max() < 10 for p in seen)
 
 
+@pytest.mark.parametrize("method", ["lanczos", "davidson", "nullspace", "power"])
+@pytest.mark.parametrize("which", ["LM", "SM"])
+def test_residuals_are_told_of_either_end(method, which):
+    seen = []
+    values = np.concatenate([[1, 0.8], np.linspace(0.5, 0.3, 198), np.zeros(100)])
+    fo.eigendistortions(spectrum_operator(values)[0], 2, which, method, rng=0, tol=1e-4, callback=seen.append)
+    sizes = [p.residuals.max() for p in seen]
+    assert min(sizes) <= 1e-4
+    assert max(sizes) < 10
+
+
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("auto", "exact", "cupyx")])
 def test_a_problem_too_small_for_a_method_is_solved_whatever_the_method(method):
     matrix, _ = spectrum_operator(np.linspace(1, 0.1, 4))
