@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
 from torch import Tensor
 
 from fisherop.rows import RowOperator
@@ -234,6 +233,8 @@ def between(lows: Floats, highs: Floats, known: float = 0.0) -> Judged:
 
 def critical(gap: float, freedom: int) -> float:
     """Return c with P(-c <= t <= c + gap) = 0.95 for Student's t: 1.96 for no gap and many, 1.64 for a wide one."""
+    from scipy import special  # here, for it takes as long to import as all of this package
+
     low, high = special.stdtrit(freedom, LEVEL), special.stdtrit(freedom, (1 + LEVEL) / 2)
     for _ in range(60):
         middle = (low + high) / 2

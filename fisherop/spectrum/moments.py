@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import special
 from torch import Tensor
 
 from fisherop.rows import RowOperator
@@ -33,12 +32,12 @@ from fisherop.solvers import exact as dense
 from fisherop.solvers.contract import Progress, gram, orthonormal
 from fisherop.solvers.lanczos import BASIS_BYTES
 from fisherop.spectrum.estimate import (
-    LEVEL,
     Estimate,
     Floats,
     Judged,
     Plan,
     cheaper,
+    critical,
     exactly,
     mean_of,
     more,
@@ -285,7 +284,7 @@ def participation_ratio(
         influence = 2 * traces / total - squares / norm
         error = float(influence.std(ddof=1) / np.sqrt(len(influence)))
         value = float(total**2 / norm)
-        reach = float(np.exp(special.stdtrit(len(traces) - 1, (1 + LEVEL) / 2) * error + 1e-14))
+        reach = float(np.exp(critical(0.0, len(traces) - 1) * error + 1e-14))
         return Judged(value, value * error, value / reach, value * reach)
 
     def ratio(trace: float, norm: float) -> float:

@@ -13,14 +13,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import special
 from torch import Tensor
 
 from fisherop.operators import InformationOperator
 from fisherop.result import Eigendistortions
 from fisherop.rows import RowOperator
 from fisherop.solvers.contract import Progress, orthonormal, symmetric
-from fisherop.spectrum.estimate import LEVEL, Estimate, Floats, Judged, Plan, cheaper, exactly, planned, sampled
+from fisherop.spectrum.estimate import (
+    LEVEL,
+    Estimate,
+    Floats,
+    Judged,
+    Plan,
+    cheaper,
+    critical,
+    exactly,
+    planned,
+    sampled,
+)
 from fisherop.spectrum.moments import exact_products, images_of_identity, worthwhile
 
 N_PROBES = 64
@@ -120,6 +130,8 @@ def _by_cotangents(op: RowOperator, plan: Plan, known: Tensor | None) -> Estimat
         return cotangents // PAIR
 
     def judge() -> Judged:
+        from scipy import special  # here, as in `critical`
+
         rest = total / cotangents
         tail = (1 - LEVEL) / 2
         # chdtri is the inverse of the upper tail.
@@ -164,7 +176,7 @@ def _by_signs(op: RowOperator, plan: Plan, known: Tensor | None) -> Estimate:
     def judge() -> Judged:
         mean = total / taken
         error = np.sqrt(np.maximum(squares / taken - mean**2, 0) / (taken - 1))
-        reach = special.stdtrit(taken - 1, (1 + LEVEL) / 2) * error
+        reach = critical(0.0, taken - 1) * error
         # What is left of F is semidefinite: its diagonal is not negative.
         low, value, high = (certain + np.maximum(x, 0) for x in (mean - reach, mean, mean + reach))
         return Judged(value, error, low, high)
