@@ -209,7 +209,8 @@ print(tuple(wheel.shape))
 # ``torchvision.models.resnet18(weights=ResNet18_Weights.DEFAULT)``, where its weights are on disk or can be fetched. If
 # they cannot, the weights are random. All of what follows holds for these as well, but for what a trained eye would
 # say. The network must be in evaluation mode, where it answers the same question twice in the same way; ``load`` sees
-# to it.
+# to it. Pixels go in as they are, between 0 and 1, as in plenoptic's tutorial; trained weights expect normalized ones,
+# and a study puts the normalization in front of the network, as "Use your own model" shows.
 
 network, note = models.load("resnet18")
 print("random weights: the trained ones could not be had" if note else "trained weights")

@@ -93,8 +93,8 @@ table = fo.threshold_table(operators, results)
 print(table)
 
 # %%
-# Nobody agrees with a model more than the model itself: no observer's :math:`D` is larger for another's distortions
-# than for its own. A negative :math:`D` is plain disagreement, where the observer notices the last distortion more than
+# Every observer agrees with itself most: none has a larger :math:`D` for another's distortions than for its own. A
+# negative :math:`D` is plain disagreement, where the observer notices the last distortion more than
 # the first.
 
 fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")

@@ -87,7 +87,7 @@ results = {name: fo.eigendistortions(operators["astronaut", name], k=3, which="L
 fig = fo.plot.density(densities, results, decades=5)
 
 # %%
-# How many directions would be noticed at half the size at which the first one is? Those whose eigenvalue is more than
+# How many directions would be noticed at twice the size at which the first one is? Those whose eigenvalue is more than
 # a quarter of the largest.
 
 for name, one in densities.items():
