@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fisherop.result import Eigendistortions
 from fisherop.rows import RowOperator
-from fisherop.solvers.contract import Found, Request, Steps, gram, orthonormal, ritz, run, symmetric
+from fisherop.solvers.contract import Found, Request, Steps, gram, orthonormal, ritz, rounding, run, symmetric
 
 PROBE_STEPS = 60
 ENOUGH = 0.9
@@ -73,13 +73,13 @@ def certify_steps(
         missed = bool((ahead > slack).any() or (below > slack).any())
         pairs = improved if missed else pairs
         lambda_max = max(lambda_max, float(pairs.values[0]))
-    rounding = 32 * torch.finfo(op.dtype).eps * lambda_max * (1.0 if op.metric is None else op.metric.amplification)
-    low = (pairs.values - pairs.norms - rounding).clamp(min=0)
-    bounds = torch.stack([low, pairs.values + pairs.norms + rounding], dim=1)
+    blur = 32 * torch.finfo(op.dtype).eps * lambda_max * (1.0 if op.metric is None else op.metric.amplification)
+    low = (pairs.values - pairs.norms - blur).clamp(min=0)
+    bounds = torch.stack([low, pairs.values + pairs.norms + blur], dim=1)
     residuals = pairs.norms / lambda_max if lambda_max > 0 else torch.zeros_like(pairs.norms)
     converged = residuals <= request.tol
     nullity, known = _nullity(op, request, found, pairs, converged, lambda_max)
-    clusters = _clusters(pairs, rounding, nullity)
+    clusters = _clusters(pairs, blur, nullity)
     words = [
         f"{method}: {int(converged.sum())} of {request.k} pairs converged to {request.tol:.1e} "
         f"in {op.n_matvec} products",
@@ -209,22 +209,22 @@ def _nullity(
     """Return the dimension of the null space as far as it is known, and whether that is all of it."""
     if found.nullity is not None:
         return found.nullity, True
-    # An eigenvector's image under F is zero to rounding; a Ritz value that is merely small proves nothing.
-    zero = converged & (pairs.values.abs() <= 4 * torch.finfo(op.dtype).eps * lambda_max)
+    # An eigenvector's image is zero to rounding; a Ritz value that is merely small proves nothing.
+    zero = converged & (pairs.values.abs() <= min(rounding(op), 4 * torch.finfo(op.dtype).eps) * lambda_max)
     return max(op.n - op.m if op.m else 0, int(zero[request.largest :].sum())), False
 
 
-def _clusters(pairs: Pairs, rounding: float, nullity: int) -> NDArray[np.int64]:
+def _clusters(pairs: Pairs, blur: float, nullity: int) -> NDArray[np.int64]:
     """Return for every pair the dimension of the subspace that is determined where its vector alone is not.
 
     A residual r turns a vector by up to r / gap (Davis and Kahan, 1970): pairs closer than ten times their residuals
     belong together, and a zero eigenvalue belongs to the whole null space.
     """
     values, norms = pairs.values.cpu().numpy(), pairs.norms.cpu().numpy()
-    apart = -np.diff(values) > 10 * np.maximum(norms[1:], norms[:-1]) + rounding
+    apart = -np.diff(values) > 10 * np.maximum(norms[1:], norms[:-1]) + blur
     label = np.concatenate([[0], np.cumsum(apart)])
     dimension: NDArray[np.int64] = np.bincount(label)[label]
-    zero = values <= rounding
+    zero = values <= blur
     dimension[zero] = np.maximum(dimension[zero], nullity)
     return dimension
 

@@ -31,7 +31,7 @@ from fisherop.eigen import eigendistortions
 from fisherop.metric import check_images
 from fisherop.operators import InformationOperator, TensorOperator
 from fisherop.result import ConvergenceWarning, Eigendistortions
-from fisherop.rows import RowOperator
+from fisherop.rows import RowOperator, stream, unit
 from fisherop.solvers import Progress
 from fisherop.solvers.contract import gram, orthonormal, ritz_values
 
@@ -246,7 +246,7 @@ def principal_distortions(
     if restarts < 0 or maxiter < 1:
         raise ValueError(f"restarts must be 0 or more and maxiter 1 or more, not {restarts} and {maxiter}")
     tol = (1e-5 if rows[0].dtype == torch.float64 else 1e-3) if tol is None else tol
-    generator = np.random.default_rng(rng)
+    generator = stream(rng)
     family = Family(rows, delta)
     starts = [_from_pairs(family, int(k), generator)]
     starts += [orthonormal(rows[0].random_rows(int(k), generator)) for _ in range(restarts)]
@@ -441,7 +441,7 @@ def threshold_table(ops: Mapping[str, Any], results: Mapping[str, Any]) -> Thres
         block = _distortion_rows(rows[0], distortions)
         if len(block) < 2:
             raise ValueError(f"results[{name!r}] holds one distortion: pass the most and the least noticeable one")
-        ends = torch.nn.functional.normalize(block[[0, -1]])
+        ends = unit(block[[0, -1]])
         for i, op in enumerate(rows):
             squares[i, j] = _squares(op, ends).cpu().numpy()
     with np.errstate(divide="ignore"):
@@ -470,7 +470,7 @@ class Family:
 
     def __init__(self, ops: list[RowOperator], delta: float) -> None:
         self.ops, self.delta = ops, delta
-        self.tops = [float(ritz_values(op, op.random_rows(1, np.random.default_rng(0)), TOP_STEPS)[-1]) for op in ops]
+        self.tops = [float(ritz_values(op, op.random_rows(1, stream(0)), TOP_STEPS)[-1]) for op in ops]
         for i, top in enumerate(self.tops):
             if top <= 0:
                 raise ValueError(f"ops[{i}] is zero at this image: its model notices nothing; leave it out")
@@ -602,7 +602,7 @@ def _judged(
     family: Family, x: Tensor, value: float, tol: float, delta: float, values: list[float]
 ) -> PrincipalDistortions:
     """Judge distortions by fresh products, and bring them into an order that depends on no order of models."""
-    x = torch.nn.functional.normalize(x)
+    x = unit(x)
     products = family.products(x)
     squares = _inner(products, x)
     order = squares.log().mean(0).argsort(descending=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 from fisherop import certificate, metric
 from fisherop.linearize import exact_arithmetic
 from fisherop.result import ConvergenceWarning, Eigendistortions
-from fisherop.rows import RowOperator
+from fisherop.rows import RowOperator, row_norms, stream
 from fisherop.solvers import BACKENDS, ON_CUDA, Backend, Control, Progress, Request, exact, lanczos, lobpcg
 
 WHICH = ("LM", "LA", "SM", "SA", "BE")
@@ -189,17 +189,14 @@ def checked_request(op: RowOperator, k: int, which: str, tol: float | None, v0: 
         tol = max(1e-6, 100 * torch.finfo(op.dtype).eps)
     if not 0 < tol < 1:
         raise ValueError(f"tol is relative to the largest eigenvalue and must lie between 0 and 1, not {tol}")
-    try:
-        generator = np.random.default_rng(rng)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"rng must be a whole number or a numpy.random.Generator, not {rng!r}") from error
+    generator = stream(rng)
     start = None if v0 is None else op.coordinates(_start_rows(op, v0))
     return Request(int(k) - smallest, smallest, float(tol), generator, start)
 
 
 def _start_rows(op: RowOperator, v0: Any) -> Tensor:
     rows = op.vectors(v0.detach() if isinstance(v0, Tensor) else np.array(v0))
-    if not torch.isfinite(rows).all() or not bool((rows.norm(dim=1) > 0).all()):
+    if not torch.isfinite(rows).all() or not bool((row_norms(rows) > 0).all()):
         raise ValueError("v0 must be finite, and no vector of it zero where distortions are allowed")
     return rows
 

@@ -21,7 +21,7 @@ from scipy.sparse import issparse
 from torch import Tensor
 
 from fisherop.operators import TensorOperator
-from fisherop.rows import RowOperator
+from fisherop.rows import RowOperator, row_norms, stream, unit
 from fisherop.solvers.contract import gram, ritz_values, symmetric
 
 DENSE_ORDER = 2048
@@ -145,7 +145,7 @@ class Reduced(RowOperator):
 
     def distortions(self, rows: Tensor) -> Tensor:
         """Return v = L^-T y at unit Euclidean norm."""
-        return torch.nn.functional.normalize(self.root.solve_transposed(rows))
+        return unit(self.root.solve_transposed(rows))
 
     def coordinates(self, distortions: Tensor) -> Tensor:
         """Return y = L^T v."""
@@ -173,8 +173,7 @@ class Metric:
                 "identity, or use generalized_eigendistortions, which does"
             )
         self.dtype, self.device = op.dtype, op.device
-        rng = np.random.default_rng(0)
-        values = ritz_values(self.op, self.op.random_rows(1, rng), RANGE_STEPS)
+        values = ritz_values(self.op, self.op.random_rows(1, stream(0)), RANGE_STEPS)
         self.low, self.high = float(values[0]), float(values[-1])
         self.floor = 100 * torch.finfo(op.dtype).eps * self.high
         self._check_positive(self.low)
@@ -216,7 +215,7 @@ class Metric:
         s' M^-1 s of the residual s that is left. Hestenes and Stiefel (1952), theorem 6:1; the last term is bounded
         by s's / low with half the smallest Ritz value for `low`.
         """
-        size = rows.double().norm(dim=1)
+        size = row_norms(rows)
         rest = rows / size.clamp(min=torch.finfo(rows.dtype).tiny)[:, None].to(rows)
         directions = rest.clone()
         energy, left = torch.zeros_like(size), (rest.double() ** 2).sum(1)

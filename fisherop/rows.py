@@ -24,6 +24,9 @@ from fisherop.operators import NUMPY_DTYPE, InformationOperator, TensorOperator
 if TYPE_CHECKING:
     from fisherop.metric import Metric
 
+OWN = 0xF15E
+"""Sets the random numbers of this package apart from those of any other use of a seed."""
+
 
 class RowOperator:
     """A symmetric positive semidefinite matrix as solvers see it: products with rows of a block, counted.
@@ -147,7 +150,7 @@ class RowOperator:
 
     def distortions(self, rows: Tensor) -> Tensor:
         """Return the distortions, of unit norm, that the rows of a solver's answer stand for."""
-        return rows if self.metric is None else torch.nn.functional.normalize(rows)
+        return rows if self.metric is None else unit(rows)
 
     def coordinates(self, distortions: Tensor) -> Tensor:
         """Return the rows that stand for distortions."""
@@ -155,7 +158,7 @@ class RowOperator:
 
     def _check_symmetric(self) -> None:
         """Compare <u, F v> with <v, F u>, and look for a negative <v, F v>."""
-        pair = self.random_rows(2, np.random.default_rng(0))
+        pair = self.random_rows(2, stream(0))
         product = self.rows(pair).double()
         self._half_products = 0
         gram = pair.double() @ product.T
@@ -165,6 +168,35 @@ class RowOperator:
             raise ValueError("the operator is not symmetric: pass J.T @ J, or the symmetric part of the matrix")
         if gram.diagonal().min() < -rounding:
             raise ValueError("the operator is not positive semidefinite: v'Fv is negative for some v")
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """Return the rows' norms, in float64: in float32 the squares of small entries are zero, of large ones infinite."""
+    sizes: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return sizes
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Return the rows at norm 1; rows of zeros stay."""
+    sizes = row_norms(rows)
+    return rows / torch.where(sizes > 0, sizes, 1.0)[:, None].to(rows)
+
+
+def generator(rng: Any) -> np.random.Generator:
+    """Return the generator of random numbers that an argument `rng` stands for, or say what it must be."""
+    try:
+        return np.random.default_rng(rng)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"rng must be a whole number or a numpy.random.Generator, not {rng!r}") from error
+
+
+def stream(rng: Any) -> np.random.Generator:
+    """Return random numbers of their own for a seed or generator, none of which the caller can have used.
+
+    An operator may have been made from the same seed: the rows of its factor would then be what a solver starts from,
+    and have no part in its null space.
+    """
+    return np.random.default_rng([OWN, *generator(rng).integers(2**63, size=4).tolist()])
 
 
 def _square(op: Any) -> int:

@@ -117,6 +117,17 @@ def test_scaling_the_model_changes_no_flag(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_responses_whose_squares_float32_cannot_hold_change_no_flag(method):
+    model, image = build("conv relu pool", torch.float32)
+    which = "LM" if method == "randomized_svd" else "SM"
+    once, tiny = (solve(fo.FisherOperator(lambda x, s=s: s * model(x), image), 3, which, method) for s in (1, 2**-43))
+    # LOBPCG, at its limit, returns other vectors by other rounding, and says so.
+    assert method == "lobpcg" or np.array_equal(once.converged, tiny.converged)
+    J = 2.0**-43 * dense_jacobian(model, image).double().numpy()
+    assert_right(tiny, J.T @ J)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_autocast_around_a_product_or_a_solver_rounds_nothing(method):
     noise = fo.noise.Gaussian((torch.ones(40, 1), 1.0))
     F = fo.FisherOperator(*build("fourier", torch.float32), noise)
@@ -138,6 +149,38 @@ def test_the_same_seed_gives_the_same_answer(method):
     assert np.array_equal(first.residuals, second.residuals)
     assert torch.equal(torch.random.get_rng_state(), state[0])
     assert np.array_equal(np.random.get_state()[1], state[1])  # noqa: NPY002
+
+
+@pytest.mark.parametrize("method", ["lanczos", "lobpcg", "davidson", "nullspace", "arpack"])
+def test_a_seed_that_made_the_operator_too_hides_nothing_of_it(method):
+    factor = np.random.default_rng(0).standard_normal((190, 200))  # its rows have no part in the null space
+    result = fo.eigendistortions(factor.T @ factor, 1, "SM", method, rng=0, maxiter=3000)
+    assert result.converged.all()
+    assert result.eigenvalues[0] <= 1e-6 * result.lambda_max
+
+
+def test_one_generator_gives_one_call_after_the_other_numbers_of_its_own():
+    matrix, _ = spectrum_operator(np.append(1, np.linspace(0.9, 0.1, 199)))
+    first, again = np.random.default_rng(5), np.random.default_rng(5)
+    results = [fo.eigendistortions(matrix, 1, "LM", "power", rng=rng) for rng in (first, first, again)]
+    assert torch.equal(results[0].eigendistortions, results[2].eigendistortions)
+    assert not torch.equal(results[0].eigendistortions, results[1].eigendistortions)
+
+
+@pytest.mark.parametrize("method", ["arpack", "lanczos"])
+def test_a_space_that_is_exhausted_goes_on_by_the_seed(method):
+    matrix, _ = spectrum_operator(np.r_[3, 2, 1, np.zeros(197)])
+    first, again = (solve(matrix, 6, "LM", method) for _ in range(2))
+    assert torch.equal(first.eigendistortions, again.eigendistortions)
+
+
+@pytest.mark.parametrize("answer", [True, np.True_])
+def test_true_of_python_or_numpy_stops_and_nothing_else_does(answer):
+    matrix, _ = spectrum_operator(np.linspace(1, 0.1, 400))
+    for reply, steps in ((answer, 1), (1, 4), (np.ones(3), 4)):
+        seen = []
+        solve(matrix, 4, "LM", "lanczos", maxiter=4, callback=lambda p, r=reply, s=seen: (s.append(p), r)[1])
+        assert len(seen) == steps
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("auto", "exact")])
@@ -266,6 +309,22 @@ def test_k_takes_the_place_of_a_leading_one(shape, expected):
     torch.testing.assert_close(result.eigendistortions.flatten(1).norm(dim=1), torch.ones(expected[0]))
     again = solve(F, expected[0], v0=result.eigendistortions)
     torch.testing.assert_close(again.eigendistortions, result.eigendistortions, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(20, 20), (12, 20), (30, 20)])
+@pytest.mark.parametrize("method", ["exact", "lanczos", "davidson"])
+def test_an_eigenvalue_that_products_round_away_is_no_null_space(method, shape):
+    rank = min(shape)
+    singular = np.append(np.linspace(1, 0.5, rank - 1), 1e-9)
+    rng = np.random.default_rng(1)
+    left, right = (np.linalg.qr(rng.standard_normal((size, rank)))[0] for size in shape)
+    linear = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=torch.float64)
+    linear.weight.data = torch.from_numpy(left * singular @ right.T)
+    F = fo.FisherOperator(linear, torch.zeros(shape[1], dtype=torch.float64))
+    result = solve(F, shape[1] - rank + 1, "SM", method)
+    assert result.nullity == shape[1] - rank
+    if method == "exact":
+        np.testing.assert_allclose(result.eigenvalues[0], 1e-18, rtol=1e-5)
 
 
 def test_the_null_space_is_found_and_reported():

@@ -54,6 +54,16 @@ def test_fewer_null_directions_than_wanted_are_never_claimed(values):
     assert "no null space of dimension 3" in result.message
 
 
+def test_a_small_response_is_no_null_space_where_float32_has_no_room_for_its_square():
+    F = fo.FisherOperator(lambda x: 1e-12 * torch.linspace(1, 2, 300) * x, torch.zeros(300))
+    projection = fo.project_to_null(F, torch.randn(300, generator=torch.Generator().manual_seed(0)))
+    assert not projection.converged
+    assert "nothing of the image lies in a null space" in projection.message
+    result = run(F, 0, 3)
+    assert not result.converged.any() or (result.residuals[result.converged] <= result.tol).all()
+    assert (result.eigenvalues >= 0.9e-24).all()
+
+
 def test_zero_is_all_null_space():
     result = run(np.zeros((9, 9)), 1, 3)
     assert result.converged.all()

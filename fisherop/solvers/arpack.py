@@ -8,7 +8,9 @@ Stopped early, ARPACK returns converged pairs only: here the latest Krylov vecto
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ def solve(op: RowOperator, request: Request, control: Control) -> Found:
     """Run ARPACK in float64 arithmetic at each end that is wanted."""
     if op.n <= basis_size(request.k) + 1:
         return exact.solve_small(op, request, control)
-    return search(op, request, control, _largest)
+    return search(op, request, control, partial(_largest, rng=request.rng))
 
 
 def search(op: RowOperator, request: Request, control: Control, largest: Eigsh) -> Found:
@@ -87,12 +89,16 @@ def _one_end(
         return watched.best(*((count, 0) if sign > 0 else (0, count)), request.rng)
 
 
-def _largest(product: Product, n: int, count: int, start: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+def _largest(
+    product: Product, n: int, count: int, start: Tensor, tol: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
     def multiply(x: NDArray[np.float64]) -> NDArray[np.float64]:
         # A copy: x is a view of ARPACK's workspace, and what is watched is kept.
         return product(torch.tensor(x[None], device=start.device))[0].cpu().numpy()
 
     matrix = LinearOperator((n, n), matvec=multiply, dtype=np.float64)
+    # SciPy 1.17 and up draws a vector of its own where a Krylov space is exhausted.
+    drawn = {"rng": rng} if "rng" in inspect.signature(eigsh).parameters else {}
     # The margin keeps pairs converged after their residuals are computed afresh; the budget is the product's to end.
     values, vectors = eigsh(
         matrix,
@@ -102,6 +108,7 @@ def _largest(product: Product, n: int, count: int, start: Tensor, tol: float) ->
         tol=tol / 2,
         ncv=basis_size(count),
         maxiter=np.iinfo(np.int32).max,
+        **drawn,
     )
     order = np.argsort(values)
     return tuple(torch.tensor(part, device=start.device) for part in (values[order], vectors.T[order]))  # type: ignore[return-value]

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fisherop.rows import RowOperator
+from fisherop.rows import RowOperator, row_norms, unit
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Progress:
     residuals: NDArray[np.float64]
 
 
+def asks_to_stop(answer: object) -> bool:
+    """Tell whether a callback returned True, Python's or NumPy's; anything else that it returns means nothing."""
+    return isinstance(answer, (bool, np.bool_)) and bool(answer)
+
+
 @dataclass
 class Control:
     """The budget of a solver call, and the line to the caller's callback."""
@@ -56,7 +61,7 @@ class Control:
         self.iteration += 1
         if self.callback is not None:
             shown = np.zeros(0) if residuals is None else residuals.double().cpu().numpy()
-            self.stopped = self.callback(Progress(self.iteration, self.op.n_matvec, shown)) is True
+            self.stopped = asks_to_stop(self.callback(Progress(self.iteration, self.op.n_matvec, shown)))
         return self.stopped or self.iteration >= self.maxiter
 
 
@@ -109,7 +114,7 @@ class Request:
             rows = torch.cat([self.v0.flip(0) if smallest else self.v0, rows])[:count]
             if blurred:
                 blur = min(0.1, 100 * self.tol * op.n**0.5)
-                rows = torch.nn.functional.normalize(rows) + blur / op.n**0.5 * op.random_rows(count, self.rng)
+                rows = unit(rows) + blur / op.n**0.5 * op.random_rows(count, self.rng)
         return orthonormal(rows)
 
 
@@ -165,14 +170,13 @@ def orthonormal(rows: Tensor, against: Tensor | None = None) -> Tensor:
     synchronization requirements", algorithm SVQB, three times over: each pass leaves the square root of the
     last one's loss.
     """
-    size = rows.norm(dim=1, keepdim=True)
-    rows = rows[(size > 0).flatten()] / size[size > 0][:, None]
+    rows = unit(rows[row_norms(rows) > 0])
     for _ in range(3):
         if against is not None and len(against):
             rows = rows - (rows @ against.T) @ against
-        norms = rows.norm(dim=1, keepdim=True)
-        kept = (norms > 10 * torch.finfo(rows.dtype).eps).flatten()
-        rows = rows[kept] / norms[kept]
+        sizes = row_norms(rows)
+        kept = sizes > 10 * torch.finfo(rows.dtype).eps
+        rows = rows[kept] / sizes[kept, None].to(rows)
         values, vectors = torch.linalg.eigh(gram(rows, rows))
         rank = values > len(rows) * 100 * torch.finfo(rows.dtype).eps ** 2 + 1e-14
         rows = (vectors[:, rank] / values[rank].sqrt()).T.to(rows.dtype) @ rows
@@ -198,11 +202,26 @@ def ritz(rows: Tensor, products: Tensor, largest: int, smallest: int) -> tuple[T
     return values[order], x, residuals
 
 
+def rounding(op: RowOperator) -> float:
+    """Return the level, relative to the largest eigenvalue, below which rounding cannot tell an eigenvalue from zero.
+
+    Squared singular values of a factor keep twice the digits of eigenvalues of F.
+    """
+    if op.factored:
+        return float(16 * max(op.n, op.m or 0) * torch.finfo(op.dtype).eps ** 2)
+    return float(4 * math.sqrt(op.n) * torch.finfo(op.dtype).eps)
+
+
 def null_dimension(op: RowOperator, values: Tensor, lambda_max: float) -> int | None:
-    """Return how many of all Ritz values are zero to rounding; None unless there is one for every dimension."""
+    """Return how many of all Ritz values are zero; None where that is not certain.
+
+    One is needed for every dimension; where F has a factor, which tells smaller eigenvalues from zero than products
+    with F do, only those are certain that its shape proves.
+    """
     if len(values) < op.n:
         return None
-    return int((values <= 4 * math.sqrt(op.n) * torch.finfo(op.dtype).eps * lambda_max).sum())
+    zeros = int((values <= 4 * math.sqrt(op.n) * torch.finfo(op.dtype).eps * lambda_max).sum())
+    return zeros if op.m is None or zeros == max(0, op.n - op.m) else None
 
 
 def symmetric(matrix: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fisherop.rows import RowOperator
+from fisherop.rows import RowOperator, row_norms, unit
 from fisherop.solvers.contract import Control, Found, Request, gram, null_dimension, orthonormal, symmetric
 
 BASIS_BYTES = 1 << 30
@@ -129,8 +129,7 @@ class Pairs:
 
     def directions(self) -> Tensor:
         """Return the residuals of the pairs that have not converged."""
-        rows: Tensor = self.residual_rows[(self.residuals > self.limit).to(self.residual_rows.device)]
-        return torch.nn.functional.normalize(rows)
+        return unit(self.residual_rows[(self.residuals > self.limit).to(self.residual_rows.device)])
 
     def kept(self) -> Matrix:
         """Return the combinations that survive a restart: Ritz vectors, and the wanted ones of the step before."""
@@ -153,7 +152,7 @@ class Pairs:
         The ratio of a residual's norm in the inverse of M to its usual norm changes little from step to step.
         """
         top = self.lambda_max or 1.0
-        plain = self.residual_rows.double().norm(dim=1).cpu() / top
+        plain = row_norms(self.residual_rows).cpu() / top
         if self.space.op.metric is None or bool((plain * self.ratio > self.limit).any()):
             estimate: Tensor = plain * self.ratio
             return estimate

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherop.rows import RowOperator
-from fisherop.solvers.contract import Control, Found, Kind, Request, Steps, orthonormal, run, symmetric
+from fisherop.solvers.contract import Control, Found, Kind, Request, Steps, orthonormal, rounding, run, symmetric
 
 BLOCK = 64
 
@@ -24,9 +24,11 @@ def steps(op: RowOperator, request: Request, control: Control) -> Steps[Found]:
     """Do what `solve` does, asking for every product."""
     if op.m and op.m < op.n:
         return (yield from _short_side(op, request, control))
-    columns = (yield from _images_of_identity("factor" if op.factored else "rows", op.n, op, control)).double()
-    matrix = columns @ columns.T if op.factored else symmetric(columns)
-    values, vectors = (part.flip(-1) for part in torch.linalg.eigh(matrix))
+    images = (yield from _images_of_identity("factor" if op.factored else "rows", op.n, op, control)).double()
+    if op.factored:
+        values, vectors = _left(images, op)
+    else:
+        values, vectors = (part.flip(-1) for part in torch.linalg.eigh(symmetric(images)))
     wanted = [*range(request.largest), *range(op.n - request.smallest, op.n)]
     return Found(vectors[:, wanted].T.to(op.dtype).contiguous(), float(values[0]), _zeros(values, op))
 
@@ -50,9 +52,9 @@ def n_bytes(op: RowOperator) -> int:
 def _short_side(op: RowOperator, request: Request, control: Control) -> Steps[Found]:
     assert op.m is not None
     factor = (yield from _images_of_identity("factor_adjoint", op.m, op, control)).double()
-    values, vectors = (part.flip(-1) for part in torch.linalg.eigh(factor @ factor.T))
+    values, left, factor = _right(factor, op)
     rank = op.m - _zeros(values, op)
-    left = vectors[:, :rank] / values[:rank].sqrt()
+    left = left[:, :rank]
     wanted = [*range(request.largest), *range(op.n - request.smallest, op.n)]
     positive = [i for i in wanted if i < rank]
     rows = left[:, positive].T @ factor
@@ -74,12 +76,32 @@ def _images_of_identity(product: Kind, order: int, op: RowOperator, control: Con
     return torch.cat(blocks)
 
 
+def _left(rows: Tensor, op: RowOperator) -> tuple[Tensor, Tensor]:
+    """Return the squared singular values of A, descending, and the left singular vectors as columns."""
+    values, vectors = (part.flip(-1) for part in torch.linalg.eigh(rows @ rows.T))
+    if _lost(values, op):
+        vectors, singular, _ = torch.linalg.svd(torch.linalg.qr(rows.T, mode="r")[1].T)
+        values = singular**2
+    return values, vectors
+
+
+def _right(rows: Tensor, op: RowOperator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the squared singular values of A, descending, and two matrices: X^T Y has the right vectors as rows."""
+    values, vectors = (part.flip(-1) for part in torch.linalg.eigh(rows @ rows.T))
+    if not _lost(values, op):
+        return values, vectors / values.clamp(min=torch.finfo(values.dtype).tiny).sqrt(), rows
+    columns, upper = torch.linalg.qr(rows.T)
+    _, singular, turn = torch.linalg.svd(upper.T)
+    return singular**2, torch.eye(len(rows), dtype=rows.dtype, device=rows.device), turn @ columns.T
+
+
+def _lost(values: Tensor, op: RowOperator) -> bool:
+    """Tell whether some eigenvalues of A A^T are rounding that A itself does not have."""
+    level = 10 * len(values) * torch.finfo(values.dtype).eps
+    return rounding(op) < level and bool(values[-1] <= level * values[0])
+
+
 def _zeros(values: Tensor, op: RowOperator) -> int:
     """Count the eigenvalues that rounding cannot tell from zero."""
-    rounding = (
-        (4 * max(op.n, op.m or op.n) ** 0.5 * torch.finfo(op.dtype).eps) ** 2
-        if op.factored
-        else (4 * op.n**0.5 * torch.finfo(op.dtype).eps)
-    )
-    floor = max(rounding, 10 * len(values) * torch.finfo(torch.float64).eps)
+    floor = max(rounding(op), 0.0 if op.factored else 10 * len(values) * torch.finfo(torch.float64).eps)
     return int((values <= floor * values[0]).sum())

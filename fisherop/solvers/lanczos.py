@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fisherop.rows import RowOperator
+from fisherop.rows import RowOperator, row_norms, unit
 from fisherop.solvers.contract import Control, Found, Request, Steps, gram, null_dimension, run
 
 BASIS_BYTES = 1 << 30
@@ -163,7 +163,7 @@ class SearchSpace:
 
     def inject(self, rows: Tensor) -> int:
         """Add what is new in `rows` to the pending ones, and return how many rows that gave."""
-        _, fresh, _ = self._split(torch.nn.functional.normalize(rows), 0, floor=1e-5)
+        _, fresh, _ = self._split(unit(rows), 0, floor=1e-5)
         return self._append(fresh)
 
     def lock(self, rows: Tensor) -> None:
@@ -180,7 +180,7 @@ class SearchSpace:
         if len(products) == 1:
             inside, fresh, outside = self._split_row(products, self.near)
         else:
-            self.scale = max(self.scale, float(products.norm(dim=1).max()))
+            self.scale = max(self.scale, float(row_norms(products).max()))
             inside, fresh, outside = self._split(products, self.near, self._floor())
         self.h[: self.size, first:last] = inside
         count = self._append(fresh)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fisherop.linearize import exact_arithmetic
 from fisherop.operators import InformationOperator
-from fisherop.rows import RowOperator
+from fisherop.rows import RowOperator, row_norms, stream, unit
 from fisherop.solvers import lanczos
 from fisherop.solvers.contract import Control, Found, Progress, Request, gram, largest_ritz_value, orthonormal
 
@@ -46,7 +46,7 @@ def solve(op: RowOperator, request: Request, control: Control) -> Found:
     projection = Projection(op, request.start(op, request.smallest), lambda_max)
     least = LEAST / math.sqrt(op.n)
     projection.run(SAFETY * request.tol, least, control)
-    rows = projection.rows / _norm(projection.rows)[:, None]
+    rows = unit(projection.rows)
     # Rows that agree but for their errors are the same null vector found again.
     independent = int((torch.linalg.eigvalsh(gram(rows, rows)) > LEAST**2).sum())
     null, missing = orthonormal(rows), request.smallest - min(independent, int((projection.kept > least).sum()))
@@ -147,7 +147,7 @@ def project_to_null(
         raise ValueError(f"maxiter must be at least 1, not {maxiter}")
     row = _row(operator, image)
     control = Control(operator, maxiter or MAXITER, callback)
-    lambda_max = largest_ritz_value(operator, Request(1, 0, tol, np.random.default_rng(0)))
+    lambda_max = largest_ritz_value(operator, Request(1, 0, tol, stream(0)))
     projection = Projection(operator, row, lambda_max)
     least = 1e3 * torch.finfo(operator.dtype).eps
     projection.run(SAFETY * tol, least, control)
@@ -159,6 +159,7 @@ class Projection:
 
     def __init__(self, op: RowOperator, rows: Tensor, lambda_max: float) -> None:
         self.op, self.rows, self.lambda_max = op, rows.clone(), lambda_max
+        self.scale = lambda_max or 1.0
         self.sizes = _norm(rows)
         self.images = rows.new_zeros(len(rows), op.m or 0)
         self.slopes = torch.zeros_like(rows)
@@ -172,12 +173,14 @@ class Projection:
     @property
     def residuals(self) -> Tensor:
         """||F v|| / ||v|| relative to the largest eigenvalue."""
-        return (_norm(self.slopes) / _norm(self.rows)).double() / (self.lambda_max or 1.0)
+        return _norm(self.slopes) / _norm(self.rows)
 
     def sensitivity(self) -> Tensor:
         """Return ||L v|| / ||v||."""
-        energy = _norm(self.images) if self.op.factored else _inner(self.rows, self.slopes)[:, 0].clamp(min=0).sqrt()
-        return energy / _norm(self.rows)
+        if self.op.factored:
+            return _norm(self.images) / _norm(self.rows)
+        energy = self.scale * _inner(self.rows, self.slopes)[:, 0].clamp(min=0)
+        return energy.sqrt() / _norm(self.rows)
 
     def run(self, tol: float, least: float, control: Control) -> None:
         """Iterate until every row is null to `tol`, or less than `least` of it is left."""
@@ -193,14 +196,14 @@ class Projection:
         directions = self.slopes.clone()
         while len(active := self._active(tol, least)):
             p = directions[active]
-            image = self.op.factor(p) if self.op.factored else self.op.rows(p)
-            curvature = _inner(image, image) if self.op.factored else _inner(p, image)
+            image = self.op.factor(p) if self.op.factored else self.op.rows(p) / self.scale
+            curvature = _inner(image, image) / self.scale if self.op.factored else _inner(p, image)
             before = _inner(self.slopes[active], self.slopes[active])
             step = torch.where(curvature > 0, before / curvature, 0).to(p.dtype)
             self.rows[active] -= step * p
             if self.op.factored:
                 self.images[active] -= step * image
-                self.slopes[active] = self.op.factor_adjoint(self.images[active])
+                self.slopes[active] = self.op.factor_adjoint(self.images[active]) / self.scale
             else:
                 self.slopes[active] -= step * image
             after = _inner(self.slopes[active], self.slopes[active])
@@ -213,17 +216,17 @@ class Projection:
         return ((self.residuals > tol) & (self.kept > least)).nonzero().flatten()
 
     def _refresh(self, chosen: Tensor) -> None:
-        """Compute L v and F v afresh for the chosen rows."""
+        """Compute L v and F v / lambda_max afresh for the chosen rows."""
         if len(chosen) and self.op.factored:
             self.images[chosen] = self.op.factor(self.rows[chosen])
-            self.slopes[chosen] = self.op.factor_adjoint(self.images[chosen])
+            self.slopes[chosen] = self.op.factor_adjoint(self.images[chosen]) / self.scale
         elif len(chosen):
-            self.slopes[chosen] = self.op.rows(self.rows[chosen])
+            self.slopes[chosen] = self.op.rows(self.rows[chosen]) / self.scale
 
 
 def _norm(rows: Tensor) -> Tensor:
     """Return the rows' norms, none of them zero."""
-    return torch.clamp(rows.norm(dim=1), min=torch.finfo(rows.dtype).tiny)
+    return torch.clamp(row_norms(rows), min=torch.finfo(torch.float64).tiny)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

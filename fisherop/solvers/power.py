@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fisherop.rows import RowOperator
+from fisherop.rows import RowOperator, row_norms
 from fisherop.solvers.contract import Control, Found, Request, largest_ritz_value, orthonormal, ritz
 
 
@@ -32,7 +32,7 @@ def _iterate(
         products = op.rows(x)
         values, x, residual_vectors = ritz(x, products, largest, smallest)
         lambda_max = max(lambda_max, float(values[0]))
-        residuals = residual_vectors.double().norm(dim=1) / (lambda_max or 1.0)
+        residuals = row_norms(residual_vectors) / (lambda_max or 1.0)
         if control.step(residuals) or bool((residuals <= 0.7 * request.tol).all()):
             return x, lambda_max
         # F x = residual + value x, so the next block costs no second product.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from fisherop.rows import RowOperator
+from fisherop.rows import RowOperator, row_norms
 from fisherop.solvers.contract import Control, Found, Request, orthonormal, ritz
 
 OVERSAMPLE = 5
@@ -24,7 +24,7 @@ def solve(op: RowOperator, request: Request, control: Control) -> Found:
     while True:
         values, x, residual_vectors = ritz(basis, products, request.largest, 0)
         lambda_max = max(float(values[0]), 0.0)
-        residuals = residual_vectors.double().norm(dim=1) / (lambda_max or 1.0)
+        residuals = row_norms(residual_vectors) / (lambda_max or 1.0)
         if control.step(residuals) or bool((residuals <= 0.7 * request.tol).all()):
             return Found(x, lambda_max)
         if len(basis) + width > room:

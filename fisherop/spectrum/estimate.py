@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fisherop.rows import RowOperator
-from fisherop.solvers.contract import Progress
+from fisherop.rows import RowOperator, stream
+from fisherop.solvers.contract import Progress, asks_to_stop
 
 LEVEL = 0.95
 """Probability with which an interval holds the true value."""
@@ -127,10 +127,7 @@ def planned(
             f"rtol, half the 95 % interval relative to the value, must lie between 0 and 1, not {rtol}: leave it out "
             "to take all probes"
         )
-    try:
-        generator = np.random.default_rng(rng)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"rng must be a whole number or a numpy.random.Generator, not {rng!r}") from error
+    generator = stream(rng)
     first = n_probes if rtol is None else min(n_probes, default)
     return Plan(int(n_probes), int(first), rtol, generator, callback)
 
@@ -186,7 +183,7 @@ def sampled(
         relative = None
         if plan.callback is not None:
             relative = judge().relative() if count >= 4 else np.inf
-            stopped = plan.callback(Progress(iteration, used(), np.array([relative]))) is True
+            stopped = asks_to_stop(plan.callback(Progress(iteration, used(), np.array([relative]))))
         if plan.rtol is not None and count >= 2 * looked:
             looked = count
             if (judge().relative() if relative is None else relative) <= plan.rtol:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisherop.rows import RowOperator
+from fisherop.rows import RowOperator, unit
 from fisherop.solvers import exact as dense
 from fisherop.solvers.contract import Progress, gram, orthonormal
 from fisherop.solvers.lanczos import BASIS_BYTES
@@ -136,8 +136,7 @@ def sphere(op: RowOperator, count: int, rng: np.random.Generator, against: Tenso
         size -= len(against)
         for _ in range(2):
             rows = rows - (rows @ against.T) @ against
-    scaled: Tensor = rows * (size**0.5 / rows.norm(dim=1, keepdim=True))
-    return scaled
+    return unit(rows) * math.sqrt(size)
 
 
 def trace(

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisherop.rows import RowOperator
+from fisherop.rows import RowOperator, row_norms, unit
 from fisherop.solvers.lanczos import BASIS_BYTES
 from fisherop.spectrum.estimate import Estimate, Floats, Judged, Plan, between
 from fisherop.spectrum.moments import Krylov, exact_products, sphere
@@ -126,7 +126,7 @@ def lanczos(
     count, n = starts.shape
     basis = torch.empty(count, steps, n, dtype=op.dtype, device=op.device)
     alpha, beta = np.zeros((count, steps)), np.zeros((count, steps))
-    rows = starts / starts.norm(dim=1, keepdim=True)
+    rows = unit(starts)
     judged = 8
     for j in range(steps):
         basis[:, j] = rows
@@ -135,13 +135,13 @@ def lanczos(
         past = basis[:, : j + 1]
         for _ in range(2):
             rest = rest - torch.bmm(torch.bmm(rest[:, None], past.transpose(1, 2)), past)[:, 0]
-        norms = rest.double().norm(dim=1)
-        scale = torch.from_numpy(np.abs(alpha[:, : j + 1]).max(1) + beta.max(1)).to(norms)
-        norms = torch.where(norms <= 10 * torch.finfo(op.dtype).eps * scale, 0, norms)
-        beta[:, j] = norms.cpu().numpy()
+        sizes = row_norms(rest)
+        scale = torch.from_numpy(np.abs(alpha[:, : j + 1]).max(1) + beta.max(1)).to(sizes)
+        sizes = torch.where(sizes <= 10 * torch.finfo(op.dtype).eps * scale, 0, sizes)
+        beta[:, j] = sizes.cpu().numpy()
         if not beta[:, j].any():
             return alpha[:, : j + 1], beta[:, : j + 1]
-        rows = torch.where(norms > 0, 1 / norms, 0).to(rest)[:, None] * rest
+        rows = torch.where(sizes > 0, 1 / sizes, 0).to(rest)[:, None] * rest
         if j + 1 >= 1.25 * judged:
             judged = j + 1
             if enough(alpha[:, : j + 1], beta[:, : j + 1]):

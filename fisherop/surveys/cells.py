@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from fisherop import images as image_files
 from fisherop import models as named_models
 from fisherop.models import is_factory
+from fisherop.rows import generator
 
 OUTPUT = "output"
 """The name, among layers, of a model's own response."""
@@ -227,8 +228,9 @@ def _image(source: Any) -> NDArray[Any]:
 def fingerprint(x: Any) -> str:
     """Return a hash of a value: the same for equal content, in every process and on every machine.
 
-    Numbers, text, containers, arrays, tensors, Modules (their architecture in words and their weights), files of
-    models, dataclasses and partial functions are known by their content; functions and classes by their names.
+    Numbers, text, containers, arrays, tensors, Modules (their architecture in words, their weights, all buffers and
+    public attributes), files of models, dataclasses and partial functions are known by their content; functions and
+    classes by their names.
     """
     digest = hashlib.sha256()
     for part in _parts(x):
@@ -244,7 +246,7 @@ def _parts(x: Any) -> Iterator[Any]:
     elif isinstance(x, os.PathLike):
         yield b"file " + _file_digest(x)
     elif isinstance(x, Tensor):
-        yield from _parts(x.detach().cpu().resolve_conj().resolve_neg().numpy())
+        yield from _tensor_parts(x.detach().cpu().resolve_conj().resolve_neg())
     elif isinstance(x, np.ndarray) and x.dtype != object:
         yield f"array {x.dtype.str} {x.shape}".encode()
         yield np.ascontiguousarray(x).reshape(-1).view(np.uint8).data
@@ -253,6 +255,7 @@ def _parts(x: Any) -> Iterator[Any]:
     elif isinstance(x, nn.Module):
         yield f"module {_path(type(x))} {x!r}".encode()
         yield from _parts(dict(x.state_dict()))
+        yield from _parts(_beyond_weights(x, {}))
     elif isinstance(x, Mapping):
         yield f"mapping {len(x)}".encode()
         for key in sorted(x, key=str):
@@ -279,6 +282,65 @@ def _parts(x: Any) -> Iterator[Any]:
         yield pickle.dumps(x, protocol=4)
 
 
+def _tensor_parts(x: Tensor) -> Iterator[Any]:
+    if x.layout != torch.strided:
+        yield f"layout {x.layout}".encode()
+        x = x.to_dense()
+    try:
+        yield from _parts(x.numpy())
+    except TypeError:  # NumPy has no bfloat16
+        yield f"tensor {x.dtype} {tuple(x.shape)}".encode()
+        yield from _parts(x.reshape(-1).view(torch.uint8).numpy())
+
+
+def _beyond_weights(model: nn.Module, known: dict[int, str]) -> list[Any]:
+    """Return what a Module computes with and neither its words nor its state tell, in plain data, by submodule.
+
+    Buffers that are not persistent, modes, and public attributes: private ones are a Module's own bookkeeping and
+    caches. `known` has the submodules met, for they may refer to each other.
+    """
+    parts = list(model.named_modules())
+    known |= {id(part): name for name, part in parts if id(part) not in known}
+    return [
+        (
+            name,
+            _path(type(part)),
+            dict(part.named_buffers(recurse=False)),
+            part.code if isinstance(part, torch.fx.GraphModule) else "",
+            {key: _plain(value, known) for key, value in vars(part).items() if not key.startswith("_")},
+        )
+        for name, part in parts
+    ]
+
+
+def _plain(x: Any, known: dict[int, str], depth: int = 2) -> Any:
+    """Return an attribute's value as plain data; an object of a class unknown here as its own public attributes."""
+    if isinstance(x, (str, os.PathLike)):
+        return os.fsencode(x)  # text, also where it names a file: what was in that is in the weights
+    if isinstance(x, Mapping):
+        return {str(key): _plain(value, known, depth) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_plain(item, known, depth) for item in x]
+    if isinstance(x, (set, frozenset)):
+        return sorted(fingerprint(_plain(item, known, depth)) for item in x)
+    if x is None or isinstance(x, _PLAIN) or (isinstance(x, np.ndarray) and x.dtype != object):
+        return x
+    if isinstance(x, nn.Module):
+        return known[id(x)] if id(x) in known else (dict(x.state_dict()), _beyond_weights(x, known))
+    if isinstance(x, partial):
+        return [_plain(part, known, depth) for part in (x.func, x.args, x.keywords)]
+    if hasattr(x, "__qualname__"):
+        return _path(x)
+    kind = _path(type(x))
+    if not depth or kind.startswith("torch.") or not hasattr(x, "__dict__"):
+        return kind
+    public = {key: value for key, value in vars(x).items() if not key.startswith("_")}
+    return kind, getattr(x, "name", ""), _plain(public, known, depth - 1)
+
+
+_PLAIN = (bool, int, float, complex, bytes, np.generic, Tensor, torch.dtype, torch.device)
+
+
 def _path(x: Any) -> str:
     return f"{getattr(x, '__module__', '')}:{x.__qualname__}"
 
@@ -302,10 +364,7 @@ def root_seed(rng: Any) -> int:
         if rng is not None and rng < 0:
             raise ValueError(f"rng must be a whole number of at least 0, not {rng}")
         return int(rng or 0)
-    try:
-        return int(np.random.default_rng(rng).integers(2**63))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"rng must be a whole number or a numpy.random.Generator, not {rng!r}") from error
+    return int(generator(rng).integers(2**63))
 
 
 def seed_of(root: int, *names: str) -> int:
