@@ -21,11 +21,11 @@ METHODS = ["auto", *(name for name in BACKENDS if name != "primme" or importlib.
 DTYPES = (torch.float32, torch.float64)
 
 
-def solve(op, *args, **kwargs):
+def solve(op, *args, rng=0, **kwargs):
     """Return a result whatever it says of its convergence."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fo.ConvergenceWarning)
-        return fo.eigendistortions(op, *args, rng=0, **kwargs)
+        return fo.eigendistortions(op, *args, rng=rng, **kwargs)
 
 
 def assert_right(result, dense):
@@ -252,7 +252,10 @@ def test_eigenvectors_of_another_part_of_the_spectrum_do_not_deceive_as_a_start(
     for which in ("LM",) if method == "randomized_svd" else ("LM", "SM", "BE"):
         for first in (0, 50, 98):
             v0 = torch.from_numpy(vectors[:, first : first + 2].T.copy())
-            assert_right(solve(matrix, 2, which, method, v0=v0, maxiter=500), matrix.numpy())
+            for seed in range(
+                8 if method == "davidson" else 1
+            ):  # what else it starts from is little, and chance decides
+                assert_right(solve(matrix, 2, which, method, v0=v0, maxiter=500, rng=seed), matrix.numpy())
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.sampled_from(["LM", "SM", "BE"]))

@@ -20,6 +20,7 @@ from fisherop.solvers.contract import Control, Found, Request, gram, null_dimens
 
 BASIS_BYTES = 1 << 30
 SAFETY = 0.7  # part of the tolerance used: tracked residuals and the certificate's differ by rounding
+GUARD = 5  # steps before pairs that came with v0 are believed
 SPREAD = 1.1  # by how much a residual's ratio of norms may exceed those seen so far before it is measured again
 
 Matrix = Tensor
@@ -35,12 +36,15 @@ def solve(op: RowOperator, request: Request, control: Control, *, basis: int | N
     space.extend(request.start(op, min(op.n, request.k + given)))
     while True:
         pairs.update()
-        if control.step(pairs.residuals) or pairs.converged or space.size == op.n:
+        believed = pairs.converged and (not given or control.iteration >= GUARD)
+        if control.step(pairs.residuals) or believed or space.size == op.n:
             break
         if space.size + request.k > len(space.rows) < op.n:
             space.restart(pairs.kept())
             pairs.update()
-        if not space.extend(pairs.directions()) and not space.extend(op.random_rows(request.k, request.rng)):
+        # Eigenvectors to start from have converged as they are: a random row goes on, to look for better ones.
+        directions = space.products[space.size - 1 : space.size] if pairs.converged else pairs.directions()
+        if not space.extend(directions) and not space.extend(op.random_rows(request.k, request.rng)):
             break
     return Found(pairs.vectors, pairs.lambda_max, null_dimension(op, pairs.values, pairs.lambda_max))
 
