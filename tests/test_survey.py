@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import enum
 import errno
 import hashlib
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 from functools import partial
 from pathlib import Path
 
@@ -171,6 +176,91 @@ def test_fingerprint_knows_content():
     noises = [fo.noise.Gaussian(1.0), fo.noise.Gaussian(2.0), fo.noise.Gaussian(x), fo.noise.Poisson(), None]
     assert len({fingerprint(noise) for noise in noises}) == 5
     assert fingerprint(partial(survey_models.small)) != fingerprint(survey_models.small)
+
+
+class Gained(torch.nn.Module):
+    """A model whose numbers come from attributes, and from a buffer that is not persistent."""
+
+    def __init__(self, **attributes) -> None:
+        super().__init__()
+        self.gain = 1.0
+        self.register_buffer("mean", torch.zeros(3, 1, 1), persistent=False)
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gain * torch.tanh(x - self.mean)
+
+
+class Colour(enum.Enum):
+    RED = 1
+    GREEN = 2
+
+
+def test_modules_that_differ_in_anything_public_are_told_apart_and_equal_ones_are_not():
+    def point(x: float) -> types.SimpleNamespace:
+        return types.SimpleNamespace(inner=types.SimpleNamespace(x=x))
+
+    values = [
+        1.5,
+        2,
+        True,
+        "a",
+        "weights.pt",
+        (1, 2),
+        {"a": 1},
+        {"a": 2},
+        None,
+        {"x", "y", "z"},
+        Colour.RED,
+        Colour.GREEN,
+    ]
+    values += [
+        torch.ones(3),
+        torch.zeros(3),
+        torch.ones(3, dtype=torch.bfloat16),
+        np.ones(2),
+        torch.float64,
+        Path("w.pt"),
+    ]
+    values += [torch.tanh, torch.relu, partial(torch.sum, dim=1), partial(torch.sum, dim=2), point(1.0), point(2.0)]
+    values += [[torch.nn.ReLU()], [torch.nn.ELU(alpha=2.0)], [Gained(gain=2.0)], [Gained(gain=3.0)]]
+
+    def made() -> list[torch.nn.Module]:
+        alone = [Gained(), Gained(mean=torch.ones(3, 1, 1)), Gained().eval(), *(Gained(gain=value) for value in values)]
+        return [*alone, *(torch.nn.Sequential(model) for model in alone)]
+
+    prints = [fingerprint(model) for model in made()]
+    assert len(set(prints)) == 2 * (3 + len(values))
+    assert prints == [fingerprint(model) for model in copy.deepcopy(made())]
+
+
+def test_fingerprint_of_a_module_needs_neither_trees_nor_picklable_attributes():
+    model = Gained(lock=threading.Lock(), logger=logging.getLogger("any"))
+    model.parent, model.forward = [model], model.forward
+    assert fingerprint(model) == fingerprint(model) != fingerprint(Gained())
+    model._cache = 3
+    before = fingerprint(model)
+    model._cache = 4
+    assert fingerprint(model) == before
+    traced = [torch.fx.symbolic_trace(Gained(gain=gain)) for gain in (2.0, 3.0, 3.0)]
+    assert fingerprint(traced[0]) != fingerprint(traced[1]) == fingerprint(traced[2])
+
+
+@pytest.mark.parametrize("change", [{"gain": 2.0}, {"mean": torch.full((3, 1, 1), 0.5)}, {"training": False}])
+def test_module_that_differs_beyond_its_weights_is_another_cell(tmp_path, change):
+    for attributes in ({}, change):
+        survey = run(tmp_path, {"m": Gained(**attributes)}, pictures(1), None, k=1, which="LM")
+    expected = fo.eigendistortions(fo.FisherOperator(Gained(**change), pictures(1)["image 0"]), k=1, which="LM")
+    np.testing.assert_allclose(survey.result().eigenvalues, expected.eigenvalues, rtol=1e-4)
+    run(tmp_path, {"m": Gained()}, pictures(2), None, k=1, which="LM")
+    with pytest.warns(UserWarning, match="cells of m have different weights"):
+        fo.Survey.open(tmp_path)
+
+
+def test_name_may_look_like_that_of_a_file(tmp_path):
+    survey = run(tmp_path, {"net.pt": survey_models.small}, {"x.pth": picture(0)}, ["0"])
+    assert (survey.failures(), survey.models) == ([], ("net.pt",))
 
 
 @given(st.integers(0, 2**70), st.text(), st.text())

@@ -18,6 +18,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -227,8 +228,9 @@ def _image(source: Any) -> NDArray[Any]:
 def fingerprint(x: Any) -> str:
     """Return a hash of a value: the same for equal content, in every process and on every machine.
 
-    Numbers, text, containers, arrays, tensors, Modules (their architecture in words and their weights), files of
-    models, dataclasses and partial functions are known by their content; functions and classes by their names.
+    Numbers, text, containers, arrays, tensors, Modules (their architecture in words, their weights, all buffers and
+    public attributes), files of models, dataclasses and partial functions are known by their content; functions and
+    classes by their names.
     """
     digest = hashlib.sha256()
     for part in _parts(x):
@@ -240,11 +242,12 @@ def fingerprint(x: Any) -> str:
 def _parts(x: Any) -> Iterator[Any]:
     """Yield bytes that tell a value from all others."""
     if x is None or isinstance(x, (bool, int, float, complex, str, bytes)):
-        yield f"{type(x).__name__} {x!r}".encode() if not _is_model_file(x) else b"file " + _file_digest(x)
+        is_file = isinstance(x, str) and _is_model_file(x) and os.path.isfile(x)  # a name may look like one
+        yield b"file " + _file_digest(x) if is_file else f"{type(x).__name__} {x!r}".encode()
     elif isinstance(x, os.PathLike):
         yield b"file " + _file_digest(x)
     elif isinstance(x, Tensor):
-        yield from _parts(x.detach().cpu().resolve_conj().resolve_neg().numpy())
+        yield from _tensor_parts(x.detach().cpu().resolve_conj().resolve_neg())
     elif isinstance(x, np.ndarray) and x.dtype != object:
         yield f"array {x.dtype.str} {x.shape}".encode()
         yield np.ascontiguousarray(x).reshape(-1).view(np.uint8).data
@@ -253,6 +256,7 @@ def _parts(x: Any) -> Iterator[Any]:
     elif isinstance(x, nn.Module):
         yield f"module {_path(type(x))} {x!r}".encode()
         yield from _parts(dict(x.state_dict()))
+        yield from _parts(_beyond_weights(x, {}))
     elif isinstance(x, Mapping):
         yield f"mapping {len(x)}".encode()
         for key in sorted(x, key=str):
@@ -277,6 +281,67 @@ def _parts(x: Any) -> Iterator[Any]:
     else:
         yield f"object {_path(type(x))}".encode()
         yield pickle.dumps(x, protocol=4)
+
+
+def _tensor_parts(x: Tensor) -> Iterator[Any]:
+    if x.layout != torch.strided:
+        yield f"layout {x.layout}".encode()
+        x = x.to_dense()
+    try:
+        yield from _parts(x.numpy())
+    except TypeError:  # NumPy has no bfloat16
+        yield f"tensor {x.dtype} {tuple(x.shape)}".encode()
+        yield from _parts(x.reshape(-1).view(torch.uint8).numpy())
+
+
+def _beyond_weights(model: nn.Module, known: dict[int, str]) -> list[Any]:
+    """Return what a Module computes with and neither its words nor its state tell, in plain data, by submodule.
+
+    Buffers that are not persistent, modes, and public attributes: private ones are a Module's own bookkeeping and
+    caches. `known` has the submodules met, for they may refer to each other.
+    """
+    parts = list(model.named_modules())
+    known |= {id(part): name for name, part in parts if id(part) not in known}
+    return [
+        (
+            name,
+            _path(type(part)),
+            dict(part.named_buffers(recurse=False)),
+            part.code if isinstance(part, torch.fx.GraphModule) else "",
+            {key: _plain(value, known) for key, value in vars(part).items() if not key.startswith("_")},
+        )
+        for name, part in parts
+    ]
+
+
+def _plain(x: Any, known: dict[int, str], depth: int = 2) -> Any:
+    """Return an attribute's value as plain data; an object of a class unknown here as its own public attributes."""
+    if isinstance(x, (str, os.PathLike)):
+        return repr(os.fspath(x))  # text, also where it names a file: what was in that is in the weights
+    if isinstance(x, Mapping):
+        return {str(key): _plain(value, known, depth) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_plain(item, known, depth) for item in x]
+    if isinstance(x, (set, frozenset)):
+        return sorted(fingerprint(_plain(item, known, depth)) for item in x)
+    if x is None or isinstance(x, _PLAIN) or (isinstance(x, np.ndarray) and x.dtype != object):
+        return x
+    if isinstance(x, nn.Module):
+        return known[id(x)] if id(x) in known else (dict(x.state_dict()), _beyond_weights(x, known))
+    if isinstance(x, partial):
+        return [_plain(part, known, depth) for part in (x.func, x.args, x.keywords)]
+    if hasattr(x, "__qualname__"):
+        return _path(x)
+    kind = _path(type(x))
+    if isinstance(x, Enum):
+        return kind, x.name
+    if not depth or kind.startswith("torch.") or not hasattr(x, "__dict__"):
+        return kind
+    public = {key: value for key, value in vars(x).items() if not key.startswith("_")}
+    return kind, _plain(public, known, depth - 1)
+
+
+_PLAIN = (bool, int, float, complex, bytes, np.generic, Tensor, torch.dtype, torch.device)
 
 
 def _path(x: Any) -> str:
