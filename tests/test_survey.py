@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -335,6 +336,28 @@ def test_what_does_not_exist_fails_alone(tmp_path):
     messages = " ".join(failure.message for failure in survey.failures())
     for words in ("no image that Pillow can read", "divide bytes by 255", "has no layer '7'", "has no 'nobody'"):
         assert words in messages
+
+
+def test_image_that_raises_anything_fails_alone_with_its_reason(tmp_path, monkeypatch):
+    from PIL import Image
+
+    (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY\x01\x00\x10")
+    Image.new("RGB", (40, 40)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+
+    def lost() -> torch.Tensor:
+        raise LookupError("no such photograph")
+
+    images = {"bomb": tmp_path / "bomb.png", "lost": lost, "cut": tmp_path / "cut.npy"} | pictures(1)
+    for executor in (None, ThreadPoolExecutor(1)):
+        store = tmp_path / f"store {executor is None}"
+        survey = run(store, {"small": survey_models.small}, images, ["0"], executor=executor)
+        assert [record.image for record in survey.records if record.done] == ["image 0"]
+        found = {failure.image: (failure.error, failure.message) for failure in survey.failures()}
+        assert found["bomb"][0] == "DecompressionBombError"
+        assert found["lost"] == ("LookupError", "no such photograph")
+        assert len(run(store, {"small": survey_models.small}, images, ["0"])) == 4
+        assert len(list(store.rglob("*.json"))) == 4
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "sidecar flipped", "sidecar cut", "sidecar empty"])

@@ -139,7 +139,7 @@ class Grid:
     def _image_fingerprint(self, name: str) -> str:
         try:
             return fingerprint(self.image(name))
-        except (OSError, ValueError) as error:  # its cells will fail, and be recorded; the others need not
+        except Exception as error:  # Pillow's are of many kinds: its cells will fail, and be recorded
             return f"unreadable: {fingerprint(str(error))}"
 
 

@@ -257,7 +257,7 @@ class _Tasks:
         """Return the task of a cell whose worker died so many times; raise CellError where its image cannot be read."""
         try:
             image = self.grid.image(cell.image)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # files and functions may raise anything
             raise CellError.of(error) from None
         return Task(
             cell,
