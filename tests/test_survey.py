@@ -89,6 +89,37 @@ def test_result_depends_on_neither_order_nor_company(tmp_path):
             assert same(whole.result(image, layer, "small"), part.result(image, layer, "small"))
 
 
+def test_settings_and_layers_may_be_numbers_and_texts_of_numpy(tmp_path):
+    numbers = {
+        "k": np.int64(1),
+        "tol": np.float32(0.25),
+        "maxiter": np.int64(9),
+        "spectrum": np.True_,
+        "rng": np.uint8(1),
+    }
+    texts = {"which": np.str_("LM"), "method": np.str_("lobpcg")}
+    names = {np.str_(name): image for name, image in pictures(1).items()}
+    survey = run(tmp_path, images=names, layers=[np.str_("0")], **numbers, **texts)
+    assert survey.settings()["maxiter"] == 9
+    plain = {"k": 1, "tol": 0.25, "maxiter": 9, "spectrum": True, "rng": 1, "which": "LM", "method": "lobpcg"}
+    run(tmp_path, images=pictures(1), layers=["0"], **plain)
+    assert len(list(tmp_path.rglob("*.json"))) == len(survey) == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["\ud800", "caf\udce9", "a\0b", "line\nbreak", "<&\"'>", "\N{DRAGON}", "_$x_$", "../up", "a" * 300]
+)
+def test_names_may_be_any_text(tmp_path, name):
+    models = {name: torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.Tanh()), "b": survey_models.small}
+    survey = run(tmp_path, models, {name: picture(0), "bad": tmp_path}, {name: [None, "1"]}, k=1, which="LM")
+    assert len(survey.failures()) == 3
+    survey = fo.Survey.open(tmp_path)
+    assert survey.result(name, "1", name).converged.all()
+    assert name in set(survey.table().model)
+    assert name in survey.to_xarray(distortions=True).model
+    survey.report(tmp_path / "page.html")
+
+
 def test_other_seed_gives_other_random_weights_and_the_same_one_the_same(tmp_path):
     one, same_seed, other = (
         run(tmp_path / str(i), {"small": survey_models.small}, None, ["0"], rng=seed).result("image 0")
@@ -666,6 +697,16 @@ def test_whole_spectrum_is_the_dense_one(tmp_path):
         ({"which": "XX"}, "which must be"),
         ({"method": "magic"}, "method must be"),
         ({"tol": 2.0}, "tol is relative"),
+        ({"tol": "small"}, "tol is relative"),
+        ({"tol": float("nan")}, "tol is relative"),
+        ({"maxiter": 0}, "maxiter must be a whole number of at least 1, not 0"),
+        ({"maxiter": "9"}, "maxiter must be a whole number of at least 1, not '9'"),
+        ({"maxiter": 2.5}, "maxiter must be"),
+        ({"maxiter": True}, "maxiter must be"),
+        ({"spectrum": "no"}, "spectrum must be True or False"),
+        ({"layers": 3}, "layers must be a list"),
+        ({"layers": [1.5]}, "a layer is a name, a number"),
+        ({"layers": {"small": 0}}, "layers must be a list"),
         ({"noise": 3}, "noise must be"),
         ({"executor": 3}, "executor must be"),
         ({"threads": 0}, "threads must be"),

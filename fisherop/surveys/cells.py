@@ -16,7 +16,7 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -146,19 +146,27 @@ class Grid:
 def _named(sources: Any, what: str) -> dict[str, Any]:
     if not isinstance(sources, Mapping) or not sources or not all(isinstance(name, str) and name for name in sources):
         raise TypeError(f"{what} must be a dict of names to {what}, with one at least, not {sources!r:.60}")
-    return dict(sources)
+    return {str(name): source for name, source in sources.items()}  # not a NumPy text, which has a key of its own
 
 
 def _layers_of(model: str, layers: Any) -> dict[str, str | int | None]:
     if isinstance(layers, Mapping):
         layers = layers.get(model)
-    if isinstance(layers, (str, int)):
+    if layers is not None and (isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable)):
         raise TypeError(f"layers must be a list of layers, or a dict of such lists for models, not {layers!r}")
-    listed = [None] if layers is None else list(layers)
+    listed = [None] if layers is None else [_plain_layer(layer) for layer in layers]
     labels = {OUTPUT if layer is None else str(layer): layer for layer in listed}
     if not listed or len(labels) != len(listed):
         raise ValueError(f"layers of {model!r} must be one or more, each named once, not {listed}")
     return labels
+
+
+def _plain_layer(layer: Any) -> str | int | None:
+    if layer is None or isinstance(layer, str):
+        return None if layer is None else str(layer)
+    if isinstance(layer, bool) or not isinstance(layer, (int, np.integer)):
+        raise TypeError(f"a layer is a name, a number, or None for a model's own response, not {layer!r}")
+    return int(layer)
 
 
 def _check_model(name: str, source: Any) -> None:

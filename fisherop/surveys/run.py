@@ -135,8 +135,7 @@ def survey(
     array([ True,  True])
     """
     settings = _checked_settings(k, which, method, tol, maxiter, noise, spectrum, rng)
-    if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)) or threads < 1:
-        raise ValueError(f"threads must be a whole number of at least 1, not {threads!r}")
+    threads = _count(threads, "threads")
     _check_executor(executor)
     grid = Grid(models, images, layers, settings)
     cells = grid.cells()
@@ -149,27 +148,43 @@ def survey(
         counts = Counter(state for state in states.values() if state in finished)
         with _Ledger(folder, grid, len(cells), counts, progress) as ledger:
             if executor is None:
-                _in_process(missing, _Tasks(grid, int(threads), packs=False), ledger)
+                _in_process(missing, _Tasks(grid, threads, packs=False), ledger)
             else:
                 packs = not isinstance(executor, ThreadPoolExecutor)
-                _on_executor(missing, _Tasks(grid, int(threads), packs=packs), ledger, executor)
+                _on_executor(missing, _Tasks(grid, threads, packs=packs), ledger, executor)
     return Survey.of_cells(folder, [cell.key for cell in cells])
 
 
 def _checked_settings(
     k: int, which: str, method: str, tol: float | None, maxiter: int | None, noise: Any, spectrum: bool, rng: Any
 ) -> Settings:
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-        raise ValueError(f"k must be a whole number of at least 1, not {k!r}")
+    """Return the settings as Python's own numbers and texts, which JSON and the key of a cell know."""
     if which not in WHICH:
         raise ValueError(f"which must be one of {', '.join(WHICH)}, not {which!r}")
     if method not in ("auto", *BACKENDS):
         raise ValueError(f"method must be one of auto, {', '.join(BACKENDS)}, not {method!r}")
-    if tol is not None and not 0 < tol < 1:
-        raise ValueError(f"tol is relative to the largest eigenvalue and must lie between 0 and 1, not {tol}")
+    if tol is not None and not (isinstance(tol, (int, float, np.number)) and 0 < tol < 1):
+        raise ValueError(f"tol is relative to the largest eigenvalue and must lie between 0 and 1, not {tol!r}")
     if noise is not None and not hasattr(noise, "at"):
         raise TypeError(f"noise must be one of fisherop.noise, not {type(noise).__name__}")
-    return Settings(int(k), which, method, tol, maxiter, noise, bool(spectrum), root_seed(rng))
+    if not isinstance(spectrum, (bool, np.bool_)):
+        raise TypeError(f"spectrum must be True or False, not {spectrum!r}")
+    return Settings(
+        _count(k, "k"),
+        str(which),
+        str(method),
+        None if tol is None else float(tol),
+        None if maxiter is None else _count(maxiter, "maxiter"),
+        noise,
+        bool(spectrum),
+        root_seed(rng),
+    )
+
+
+def _count(x: Any, name: str) -> int:
+    if isinstance(x, bool) or not isinstance(x, (int, np.integer)) or x < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {x!r}")
+    return int(x)
 
 
 def _check_executor(executor: Any) -> None:

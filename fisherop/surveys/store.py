@@ -127,7 +127,7 @@ class Store:
 
     def _write_sidecar(self, key: str, state: str, facts: Sidecar) -> None:
         body = {"format": FORMAT, "key": key, "state": state, "finished": time.time()} | facts
-        text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))[1:]
+        text = json.dumps(body, separators=(",", ":"))[1:]  # ASCII: names of files may be no valid Unicode
         check = hashlib.sha256(text.encode()).hexdigest()[:CHECK_LENGTH]
         self._write(self._sidecar_path(key), f"{OPENING}{check}{CLOSING}{text}\n".encode())
 
