@@ -239,6 +239,30 @@ def test_files_may_lie_anywhere_and_are_taken_once(folder, tmp_path_factory):
         config.read(folder / "config.toml")
 
 
+def test_file_whose_name_is_no_unicode_is_surveyed_and_reported(folder):
+    os.rename(b"photo0.png", b"caf\xe9.png")
+    code = "import sys; from fisherop.__main__ import main; sys.exit(main(['survey', 'config.toml']))"
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(fo.__file__).parents[1])])
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, env=environment, check=False
+    )
+    assert done.returncode == 1, done.stderr.decode()
+    assert b"caf\\udce9: ValueError" in done.stdout
+    assert b"caf\\udce9" in Path("runs/report.html").read_bytes()
+
+
+def test_broken_executor_is_one_sentence(folder, capsys, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("the executor's workers died; 0 of 8 cells are done and safe: call again")
+
+    monkeypatch.setattr(fo, "survey", broken)
+    assert main(["survey", "config.toml"]) == 2
+    assert (
+        capsys.readouterr().err == "fisherop: the executor's workers died; 0 of 8 cells are done and safe: call again\n"
+    )
+
+
 def test_report_of_no_store_is_one_sentence(folder, capsys):
     assert main(["report", "nothing"]) == 2
     assert "there is no store" in capsys.readouterr().err
