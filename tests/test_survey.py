@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -391,7 +392,9 @@ def test_image_that_raises_anything_fails_alone_with_its_reason(tmp_path, monkey
         assert len(list(store.rglob("*.json"))) == 4
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "sidecar flipped", "sidecar cut", "sidecar empty"])
+@pytest.mark.parametrize(
+    "damage", ["flipped", "cut", "gone", "sidecar flipped", "sidecar cut", "sidecar empty", "folder", "sidecar folder"]
+)
 def test_damaged_cell_is_set_aside_and_computed_again(tmp_path, damage):
     whole = run(tmp_path)
     expected = {record.name: whole.read(record) for record in whole.records}
@@ -400,9 +403,15 @@ def test_damaged_cell_is_set_aside_and_computed_again(tmp_path, damage):
     content[len(content) // 2] ^= 1
     if damage == "gone":
         victim.unlink()
+    elif "folder" in damage:
+        victim.unlink()
+        victim.mkdir()
+        (victim / "inside").touch()
     else:
         victim.write_bytes({"flipped": content, "cut": content[:100], "empty": b""}[damage.split()[-1]])
     opened = fo.Survey.open(tmp_path)
+    with pytest.raises(ValueError, match="run the survey again"):
+        [whole.read(record) for record in whole.records]
     if "sidecar" in damage:
         assert len(opened) == 7
     else:
@@ -559,6 +568,16 @@ def test_store_that_is_a_file_and_no_store_are_told(tmp_path):
         run(tmp_path / "file")
     with pytest.raises(FileNotFoundError, match="there is no store"):
         fo.Survey.open(tmp_path / "nothing")
+
+
+def test_file_in_place_of_a_folder_of_cells_is_told(tmp_path):
+    run(tmp_path, images=pictures(1))
+    folder = next(tmp_path.rglob("*.json")).parent
+    shutil.rmtree(folder)
+    folder.touch()
+    assert len(fo.Survey.open(tmp_path)) < 4
+    with pytest.raises(OSError, match=f"a file is where a store has a folder: move it away: '{folder}'"):
+        run(tmp_path, images=pictures(1))
 
 
 def test_unfinished_files_of_dead_processes_are_swept(tmp_path):

@@ -73,6 +73,8 @@ class Store:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError:
             raise Damaged(f"{path} is missing") from None
+        except IsADirectoryError:
+            raise Damaged(f"{path} is a folder, where a file was written") from None
         if found != sidecar["data"]["sha256"]:
             raise Damaged(f"{path} is not as it was written")
         return path
@@ -174,6 +176,13 @@ class Store:
                 raw = file.read()
         except FileNotFoundError:
             return None
+        except IsADirectoryError:
+            raise Damaged(f"{path} is a folder, where a file was written") from None
+        except NotADirectoryError:
+            folder = os.path.dirname(path)
+            raise NotADirectoryError(
+                errno.ENOTDIR, "a file is where a store has a folder: move it away", folder
+            ) from None
         start = len(OPENING) + CHECK_LENGTH + len(CLOSING)
         text = raw[start:].removesuffix(b"\n")
         if hashlib.sha256(text).hexdigest()[:CHECK_LENGTH].encode() != raw[len(OPENING) : len(OPENING) + CHECK_LENGTH]:
