@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
+import json
 import os
 import re
 import shlex
@@ -15,6 +17,7 @@ import signal
 import sys
 import threading
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +33,7 @@ from fisherop import images, models
 from fisherop.eigen import WHICH
 from fisherop.solvers import BACKENDS, Progress
 from fisherop.surveys import config
+from fisherop.surveys.cells import fingerprint
 
 CONVERGED, NOT_CONVERGED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
@@ -64,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     (2, "fisherop: there is no image file 'nothing.png'\n")
     """
     options = _parser().parse_args(argv)
-    with _short_warnings():
+    with _short_warnings(), _any_text():
         try:
             return int(options.run(options))
         except KeyboardInterrupt:
@@ -103,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     demo.add_argument("--out", metavar="DIR", type=Path, default=Path("fisherop-demo"), help="default %(default)s")
     demo.add_argument("--size", metavar="N", type=int, default=128, help="pixels a side, default %(default)s")
+    force: dict[str, Any] = {"action": "store_true", "help": "write over files that hold a result of other settings"}
+    demo.add_argument("--force", **force)
 
     one = commands.add_parser(
         "eigendistortions",
@@ -140,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", default="float32", choices=("float32", "float64"), help="default %(default)s")
     add("--device", default="cpu", help="such as cuda, default %(default)s")
     add("--out", metavar="DIR", type=Path, default=Path("."), help="where the files go, default here")
+    add("--force", **force)
 
     many = commands.add_parser(
         "survey",
@@ -173,15 +180,18 @@ def _demo(options: argparse.Namespace) -> int:
     _need_matplotlib()
     network: Any
     model, _ = models.load("OnOff")
-    jobs = [_Job("onoff", model, images.photograph("chelsea", options.size, grey=True))]
+    asked = {"size": options.size}
+    jobs = [_Job("onoff", model, images.photograph("chelsea", options.size, grey=True), asked)]
     if importlib.util.find_spec("torchvision"):
         photograph = images.photograph("chelsea", options.size)
         network, note = models.load("resnet18")
         print(note or "resnet18 has its trained weights")
         layers = [models.Layer(network, index) for index in (3, 6)]
-        jobs += [_Job(f"resnet18-{layer.layer}", layer, photograph) for layer in layers]
+        jobs += [_Job(f"resnet18-{layer.layer}", layer, photograph, asked) for layer in layers]
     else:
         print('without torchvision the demo shows one model; for ResNet18 as well: pip install "fisherop[vision]"')
+    for job in jobs:
+        _check_free(job, options.out, force=options.force)
     status = CONVERGED
     for job in jobs:
         status = max(status, _solve(job, options.out))
@@ -194,10 +204,12 @@ def _one_image(options: argparse.Namespace) -> int:
     _need_matplotlib()
     model: Any
     device, dtype = _device(options.device), getattr(torch, options.dtype)
-    image = images.load(options.image, options.size or None, dtype=dtype)
+    with _told(f"{options.image!r} cannot be read"):
+        image = images.load(options.image, options.size or None, dtype=dtype)
     start = {"v0": fo.Eigendistortions.load(options.resume).eigendistortions} if options.resume else {}
     sys.path.insert(0, os.getcwd())  # for a model of the user's own; `python -m` has it there anyway
-    model, note = models.load(options.model, seed=options.seed)
+    with _told(f"model {options.model!r} cannot be made"):
+        model, note = models.load(options.model, seed=options.seed)
     if note:
         print(note)
     if options.grey or isinstance(model, (models.LN, models.LG, models.LGG, models.OnOff)):
@@ -207,11 +219,15 @@ def _one_image(options: argparse.Namespace) -> int:
     if options.layer is not None:
         model = models.Layer(model, _layer(model, options.layer))
     if isinstance(model, nn.Module):
-        model = model.to(device, dtype)
+        with _told(f"model {options.model!r} cannot be used with {options.dtype} on {options.device!r}"):
+            model = model.to(device, dtype)
     settings = {key: getattr(options, key) for key in ("k", "which", "method", "tol", "maxiter")}
     words = [Path(options.image).stem, options.model, options.layer or ""]
     name = "-".join(re.sub(r"[^\w.]+", "-", word) for word in words if word)
-    job = _Job(name, model, image.to(device), {**settings, **start, "rng": options.seed})
+    asked = {name: getattr(options, name) for name in ("model", "layer", "seed", "size", "grey", "dtype")}
+    asked |= {**settings, "image": fingerprint(image)}
+    job = _Job(name, model, image.to(device), asked, {**settings, **start, "rng": options.seed})
+    _check_free(job, options.out, force=options.force, resumed=options.resume)
     status = _solve(job, options.out)
     if status != CONVERGED:
         print(f"to go on from here, add --resume {shlex.quote(str(job.path(options.out, '.npz')))}")
@@ -230,6 +246,9 @@ def _survey(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         _say(f"stopped; what is finished is safe in {arguments['store']}, and the same command goes on from there")
         return INTERRUPTED
+    except RuntimeError as error:  # of the executor; what goes wrong in a cell is a failure of that cell
+        _say(str(error))
+        return MISTAKE
     for failure in survey.failures():
         print(failure)
     page = Path(arguments["store"]) / "report.html"
@@ -272,22 +291,23 @@ def _layer(model: Any, name: str) -> str | int:
 
 @dataclass(frozen=True)
 class _Job:
-    """A model and an image, what is asked of them, and the name of the files that answer."""
+    """A model and an image, what the user asked, what the solver is told, and the name of the files that answer."""
 
     name: str
     model: Callable[[Tensor], Any]
     image: Tensor
+    asked: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=lambda: {"rng": 0})
 
     def path(self, out: Path, suffix: str) -> Path:
         return out / (self.name + suffix)
 
     def operator(self) -> fo.FisherOperator:
-        try:
+        words = f"the model cannot take an image of shape {tuple(self.image.shape)}"
+        with _told(words, theirs=True), torch.no_grad():
+            self.model(self.image.clone())
+        with _told(words):
             return fo.FisherOperator(self.model, self.image)
-        except RuntimeError as error:  # torch's way to say that an image does not fit a model
-            shape = tuple(self.image.shape)
-            raise ValueError(f"the model cannot take an image of shape {shape}: {_first_line(error)}") from error
 
 
 def _solve(job: _Job, out: Path) -> int:
@@ -305,13 +325,52 @@ def _solve(job: _Job, out: Path) -> int:
         result = fo.eigendistortions(operator, callback=watch, **job.settings)
     print(result)
     print(result.message)
-    result.save(job.path(out, ".npz"))
+    _save(result, job.path(out, ".npz"), job.asked)
     # A figure without pyplot: neither a window nor a backend of the user's has a part in it.
     plot.eigendistortions(result, fig=Figure()).savefig(job.path(out, ".png"))
     print(f"wrote {job.path(out, '.png')} and {job.path(out, '.npz')}")
     if watch.stopped:
         return INTERRUPTED
     return CONVERGED if result.converged.all() else NOT_CONVERGED
+
+
+def _save(result: fo.Eigendistortions, path: Path, asked: dict[str, Any]) -> None:
+    """Write a result, and what was asked as the archive's comment: another call may find the file in its way."""
+    buffer = io.BytesIO()
+    result.write(buffer)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.comment = json.dumps(asked).encode()
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(buffer.getvalue())
+    os.replace(partial, path)
+
+
+def _check_free(job: _Job, out: Path, *, force: bool, resumed: str | None = None) -> None:
+    """Refuse to write over the result of other settings, unless the user goes on from it."""
+    path, picture = job.path(out, ".npz"), job.path(out, ".png")
+    if force or (resumed is not None and path.exists() and os.path.samefile(path, resumed)):
+        return
+    if not path.exists():
+        if picture.exists():
+            raise ValueError(f"{picture} is there already, and no result beside it: give another --out, or --force")
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = json.loads(archive.comment)
+    except (zipfile.BadZipFile, ValueError):  # of the library's, or anybody's
+        raise ValueError(
+            f"{path} is there already, not written by this command: give another --out, or --force"
+        ) from None
+    names = [name for name in job.asked if found.get(name) != job.asked[name]]
+    if names:
+        differing = ", ".join(
+            "another image" if name == "image" else f"--{name} {found.get(name)}, not {job.asked[name]}"
+            for name in names
+        )
+        raise ValueError(
+            f"{path} holds a result of other settings ({differing}): give another --out, --resume {path} to go on from "
+            "it, or --force to write over it"
+        )
 
 
 class _Watch:
@@ -365,8 +424,36 @@ def _say(words: str) -> None:
     (tqdm.tqdm.write if tqdm else print)(f"fisherop: {words}", file=sys.stderr)
 
 
+@contextmanager
+def _told(words: str, *, theirs: bool = False) -> Iterator[None]:
+    """Say of errors what could not be done; those of kinds that this library words itself only where they are not."""
+    try:
+        yield
+    except Exception as error:
+        if not theirs and isinstance(error, (OSError, ValueError, TypeError, ImportError)):
+            raise
+        # A RuntimeError is torch's way to say what does not fit.
+        kind = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
+        raise ValueError(f"{words}: {kind}{_first_line(error)}") from error
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def _any_text() -> Iterator[None]:
+    """Print names of files that are no valid Unicode, spelled out."""
+    out = sys.stdout
+    if not isinstance(out, io.TextIOWrapper):
+        yield
+        return
+    before = out.errors
+    out.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        out.reconfigure(errors=before)
 
 
 @contextmanager

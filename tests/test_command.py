@@ -27,6 +27,25 @@ class Shy:
         return x.detach()
 
 shy = Shy()
+
+def asserts(x):
+    assert x.shape[1] == 7
+
+def indexes(x):
+    return [x][1]
+
+def misses(x):
+    return {}["weights"]
+
+def unpacks(x):
+    a, b = x.shape
+    return x
+
+def long(x):
+    raise RuntimeError("first line\\nsecond line")
+
+def build():
+    raise LookupError("no weights here")
 """
 
 NETWORK = """
@@ -59,7 +78,10 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     (tmp_path / "my_networks.py").write_text(NETWORK)
     (tmp_path / "my_errors.py").write_text(ERRORS)
     (tmp_path / "note.txt").write_text("no image")
+    (tmp_path / "my_syntax.py").write_text("def build(:")
     np.savez("other.npz", a=np.ones(3))
+    Image.new("1", (2000, 2000)).save("bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)
     yield
     for name in ("my_networks", "my_errors"):
         sys.modules.pop(name, None)
@@ -117,7 +139,7 @@ def test_fitted_models_get_one_channel_and_others_three_unless_told():
         ("photo.png", "--model lg", 1),
         ("photo.png", "--model my_networks:any_number_of_channels", 3),
         ("grey.png", "--model my_networks:any_number_of_channels", 3),
-        ("photo.png", "--model my_networks:any_number_of_channels --grey", 1),
+        ("photo.png", "--model my_networks:any_number_of_channels --grey --force", 1),
     ]:
         assert run(f"{file} {options} --size 16 --which LM --k 1 --out out") == 0
         name = options.split()[1].replace(":", "-")
@@ -155,6 +177,45 @@ def test_what_did_not_converge_is_written_said_in_one_line_and_can_be_resumed(ca
     second = fo.Eigendistortions.load("photo-OnOff.npz")
     assert not first.converged.all()
     assert second.converged.all()
+
+
+def test_result_of_other_settings_is_not_written_over_unless_told(monkeypatch, capsys, tmp_path):
+    base = "photo.png --size 16 --model lg --which LM"
+    assert run(f"{base} --k 1") == 0
+    assert run(f"{base} --k 1") == 0  # the same is no loss
+    files = {path.name: path.read_bytes() for path in tmp_path.glob("photo-lg.*")}
+    assert sorted(files) == ["photo-lg.npz", "photo-lg.png"]
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(fo, "eigendistortions", lambda *_, **__: pytest.fail("worked"))
+        for other in ("--k 2 --seed 3", "--k 1 --maxiter 50"):
+            assert run(f"{base} {other}") == 2
+            said = capsys.readouterr().err
+            assert "photo-lg.npz holds a result of other settings" in said
+            assert "--force" in said
+        Image.open("grey.png").save("kept.png")
+        Image.open("grey.png").save("photo.png")
+        assert run(f"{base} --k 1") == 2
+        assert "(another image)" in capsys.readouterr().err
+        (tmp_path / "kept-lg.png").write_bytes(b"mine")
+        assert run("kept.png --size 16 --model lg") == 2
+        assert "kept-lg.png is there already" in capsys.readouterr().err
+        fo.Eigendistortions.load("photo-lg.npz").save("grey-lg.npz")
+        assert run("grey.png --size 16 --model lg") == 2
+        assert "grey-lg.npz is there already" in capsys.readouterr().err
+    assert files == {path.name: path.read_bytes() for path in tmp_path.glob("photo-lg.*")}
+    assert run(f"{base} --k 2 --resume photo-lg.npz") == 0
+    assert run(f"{base} --k 3 --force") == 0
+    assert len(fo.Eigendistortions.load("photo-lg.npz")) == 3
+
+
+def test_demo_of_another_size_is_not_written_over_unless_told(monkeypatch, capsys):
+    pytest.importorskip("skimage")
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    assert main(["demo", "--size", "16"]) == 0
+    assert main(["demo", "--size", "17"]) == 2
+    assert "(--size 16, not 17)" in capsys.readouterr().err
+    assert main(["demo", "--size", "17", "--force"]) == 0
 
 
 def test_interrupt_keeps_the_best_pairs_so_far(monkeypatch, capsys):
@@ -196,7 +257,7 @@ def test_progress_is_shown_on_a_terminal_only(monkeypatch, capsys):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    run("photo.png --size 16 --model lg --which LM --method lobpcg --tol 1e-2")
+    run("photo.png --size 16 --model lg --which LM --method lobpcg --tol 1e-2 --force")
     assert "photo-lg: 00:00" in terminal.getvalue()
     assert "steps" in terminal.getvalue()
 
@@ -244,6 +305,14 @@ def test_pyplot_and_the_users_backend_are_left_alone():
         ("photo.png --model my_networks:network --grey", "cannot take an image of shape (1, 1, 128, 128)"),
         ("photo.png --model my_errors:shy", "autograd cannot see how"),
         ("photo.png --size 8", "at least 16x16"),
+        ("photo.png --size 8 --model my_errors:asserts", "cannot take an image of shape (1, 3, 8, 8): AssertionError"),
+        ("photo.png --size 8 --model my_errors:indexes", "(1, 3, 8, 8): IndexError: list index out of range"),
+        ("photo.png --size 8 --model my_errors:misses", "(1, 3, 8, 8): KeyError: 'weights'"),
+        ("photo.png --size 8 --model my_errors:unpacks", "(1, 3, 8, 8): ValueError: too many values to unpack"),
+        ("photo.png --size 8 --model my_errors:long", "(1, 3, 8, 8): first line\n"),
+        ("photo.png --model my_errors:build", "'my_errors:build' cannot be made: LookupError: no weights here"),
+        ("photo.png --model my_syntax:build", "'my_syntax:build' cannot be made: SyntaxError"),
+        ("bomb.png", "'bomb.png' cannot be read: DecompressionBombError"),
         ("photo.png --size -8", "at least 1"),
         ("photo.png --size 16 --k 0", "k must lie between 1 and n = 256"),
         ("photo.png --size 16 --tol 2", "tol"),

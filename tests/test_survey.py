@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import enum
 import errno
 import hashlib
 import json
+import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -81,6 +88,37 @@ def test_result_depends_on_neither_order_nor_company(tmp_path):
     for image in pictures(2):
         for layer in ("2", "output"):
             assert same(whole.result(image, layer, "small"), part.result(image, layer, "small"))
+
+
+def test_settings_and_layers_may_be_numbers_and_texts_of_numpy(tmp_path):
+    numbers = {
+        "k": np.int64(1),
+        "tol": np.float32(0.25),
+        "maxiter": np.int64(9),
+        "spectrum": np.True_,
+        "rng": np.uint8(1),
+    }
+    texts = {"which": np.str_("LM"), "method": np.str_("lobpcg")}
+    names = {np.str_(name): image for name, image in pictures(1).items()}
+    survey = run(tmp_path, images=names, layers=[np.str_("0")], **numbers, **texts)
+    assert survey.settings()["maxiter"] == 9
+    plain = {"k": 1, "tol": 0.25, "maxiter": 9, "spectrum": True, "rng": 1, "which": "LM", "method": "lobpcg"}
+    run(tmp_path, images=pictures(1), layers=["0"], **plain)
+    assert len(list(tmp_path.rglob("*.json"))) == len(survey) == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["\ud800", "caf\udce9", "a\0b", "line\nbreak", "<&\"'>", "\N{DRAGON}", "_$x_$", "../up", "a" * 300]
+)
+def test_names_may_be_any_text(tmp_path, name):
+    models = {name: torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.Tanh()), "b": survey_models.small}
+    survey = run(tmp_path, models, {name: picture(0), "bad": tmp_path}, {name: [None, "1"]}, k=1, which="LM")
+    assert len(survey.failures()) == 3
+    survey = fo.Survey.open(tmp_path)
+    assert survey.result(name, "1", name).converged.all()
+    assert name in set(survey.table().model)
+    assert name in survey.to_xarray(distortions=True).model
+    survey.report(tmp_path / "page.html")
 
 
 def test_other_seed_gives_other_random_weights_and_the_same_one_the_same(tmp_path):
@@ -173,6 +211,91 @@ def test_fingerprint_knows_content():
     assert fingerprint(partial(survey_models.small)) != fingerprint(survey_models.small)
 
 
+class Gained(torch.nn.Module):
+    """A model whose numbers come from attributes, and from a buffer that is not persistent."""
+
+    def __init__(self, **attributes) -> None:
+        super().__init__()
+        self.gain = 1.0
+        self.register_buffer("mean", torch.zeros(3, 1, 1), persistent=False)
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gain * torch.tanh(x - self.mean)
+
+
+class Colour(enum.Enum):
+    RED = 1
+    GREEN = 2
+
+
+def test_modules_that_differ_in_anything_public_are_told_apart_and_equal_ones_are_not():
+    def point(x: float) -> types.SimpleNamespace:
+        return types.SimpleNamespace(inner=types.SimpleNamespace(x=x))
+
+    values = [
+        1.5,
+        2,
+        True,
+        "a",
+        "weights.pt",
+        (1, 2),
+        {"a": 1},
+        {"a": 2},
+        None,
+        {"x", "y", "z"},
+        Colour.RED,
+        Colour.GREEN,
+    ]
+    values += [
+        torch.ones(3),
+        torch.zeros(3),
+        torch.ones(3, dtype=torch.bfloat16),
+        np.ones(2),
+        torch.float64,
+        Path("w.pt"),
+    ]
+    values += [torch.tanh, torch.relu, partial(torch.sum, dim=1), partial(torch.sum, dim=2), point(1.0), point(2.0)]
+    values += [[torch.nn.ReLU()], [torch.nn.ELU(alpha=2.0)], [Gained(gain=2.0)], [Gained(gain=3.0)]]
+
+    def made() -> list[torch.nn.Module]:
+        alone = [Gained(), Gained(mean=torch.ones(3, 1, 1)), Gained().eval(), *(Gained(gain=value) for value in values)]
+        return [*alone, *(torch.nn.Sequential(model) for model in alone)]
+
+    prints = [fingerprint(model) for model in made()]
+    assert len(set(prints)) == 2 * (3 + len(values))
+    assert prints == [fingerprint(model) for model in copy.deepcopy(made())]
+
+
+def test_fingerprint_of_a_module_needs_neither_trees_nor_picklable_attributes():
+    model = Gained(lock=threading.Lock(), logger=logging.getLogger("any"))
+    model.parent, model.forward = [model], model.forward
+    assert fingerprint(model) == fingerprint(model) != fingerprint(Gained())
+    model._cache = 3
+    before = fingerprint(model)
+    model._cache = 4
+    assert fingerprint(model) == before
+    traced = [torch.fx.symbolic_trace(Gained(gain=gain)) for gain in (2.0, 3.0, 3.0)]
+    assert fingerprint(traced[0]) != fingerprint(traced[1]) == fingerprint(traced[2])
+
+
+@pytest.mark.parametrize("change", [{"gain": 2.0}, {"mean": torch.full((3, 1, 1), 0.5)}, {"training": False}])
+def test_module_that_differs_beyond_its_weights_is_another_cell(tmp_path, change):
+    for attributes in ({}, change):
+        survey = run(tmp_path, {"m": Gained(**attributes)}, pictures(1), None, k=1, which="LM")
+    expected = fo.eigendistortions(fo.FisherOperator(Gained(**change), pictures(1)["image 0"]), k=1, which="LM")
+    np.testing.assert_allclose(survey.result().eigenvalues, expected.eigenvalues, rtol=1e-4)
+    run(tmp_path, {"m": Gained()}, pictures(2), None, k=1, which="LM")
+    with pytest.warns(UserWarning, match="cells of m have different weights"):
+        fo.Survey.open(tmp_path)
+
+
+def test_name_may_look_like_that_of_a_file(tmp_path):
+    survey = run(tmp_path, {"net.pt": survey_models.small}, {"x.pth": picture(0)}, ["0"])
+    assert (survey.failures(), survey.models) == ([], ("net.pt",))
+
+
 @given(st.integers(0, 2**70), st.text(), st.text())
 def test_seeds_are_told_apart_by_every_name(root, a, b):
     assert seed_of(root, a, b) == seed_of(root, a, b)
@@ -247,7 +370,31 @@ def test_what_does_not_exist_fails_alone(tmp_path):
         assert words in messages
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "sidecar flipped", "sidecar cut", "sidecar empty"])
+def test_image_that_raises_anything_fails_alone_with_its_reason(tmp_path, monkeypatch):
+    from PIL import Image
+
+    (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY\x01\x00\x10")
+    Image.new("RGB", (40, 40)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+
+    def lost() -> torch.Tensor:
+        raise LookupError("no such photograph")
+
+    images = {"bomb": tmp_path / "bomb.png", "lost": lost, "cut": tmp_path / "cut.npy"} | pictures(1)
+    for executor in (None, ThreadPoolExecutor(1)):
+        store = tmp_path / f"store {executor is None}"
+        survey = run(store, {"small": survey_models.small}, images, ["0"], executor=executor)
+        assert [record.image for record in survey.records if record.done] == ["image 0"]
+        found = {failure.image: (failure.error, failure.message) for failure in survey.failures()}
+        assert found["bomb"][0] == "DecompressionBombError"
+        assert found["lost"] == ("LookupError", "no such photograph")
+        assert len(run(store, {"small": survey_models.small}, images, ["0"])) == 4
+        assert len(list(store.rglob("*.json"))) == 4
+
+
+@pytest.mark.parametrize(
+    "damage", ["flipped", "cut", "gone", "sidecar flipped", "sidecar cut", "sidecar empty", "folder", "sidecar folder"]
+)
 def test_damaged_cell_is_set_aside_and_computed_again(tmp_path, damage):
     whole = run(tmp_path)
     expected = {record.name: whole.read(record) for record in whole.records}
@@ -256,9 +403,15 @@ def test_damaged_cell_is_set_aside_and_computed_again(tmp_path, damage):
     content[len(content) // 2] ^= 1
     if damage == "gone":
         victim.unlink()
+    elif "folder" in damage:
+        victim.unlink()
+        victim.mkdir()
+        (victim / "inside").touch()
     else:
         victim.write_bytes({"flipped": content, "cut": content[:100], "empty": b""}[damage.split()[-1]])
     opened = fo.Survey.open(tmp_path)
+    with pytest.raises(ValueError, match="run the survey again"):
+        [whole.read(record) for record in whole.records]
     if "sidecar" in damage:
         assert len(opened) == 7
     else:
@@ -417,6 +570,16 @@ def test_store_that_is_a_file_and_no_store_are_told(tmp_path):
         fo.Survey.open(tmp_path / "nothing")
 
 
+def test_file_in_place_of_a_folder_of_cells_is_told(tmp_path):
+    run(tmp_path, images=pictures(1))
+    folder = next(tmp_path.rglob("*.json")).parent
+    shutil.rmtree(folder)
+    folder.touch()
+    assert len(fo.Survey.open(tmp_path)) < 4
+    with pytest.raises(OSError, match=f"a file is where a store has a folder: move it away: '{folder}'"):
+        run(tmp_path, images=pictures(1))
+
+
 def test_unfinished_files_of_dead_processes_are_swept(tmp_path):
     run(tmp_path, images=pictures(1))
     folder = next(tmp_path.rglob("*.json")).parent
@@ -553,6 +716,16 @@ def test_whole_spectrum_is_the_dense_one(tmp_path):
         ({"which": "XX"}, "which must be"),
         ({"method": "magic"}, "method must be"),
         ({"tol": 2.0}, "tol is relative"),
+        ({"tol": "small"}, "tol is relative"),
+        ({"tol": float("nan")}, "tol is relative"),
+        ({"maxiter": 0}, "maxiter must be a whole number of at least 1, not 0"),
+        ({"maxiter": "9"}, "maxiter must be a whole number of at least 1, not '9'"),
+        ({"maxiter": 2.5}, "maxiter must be"),
+        ({"maxiter": True}, "maxiter must be"),
+        ({"spectrum": "no"}, "spectrum must be True or False"),
+        ({"layers": 3}, "layers must be a list"),
+        ({"layers": [1.5]}, "a layer is a name, a number"),
+        ({"layers": {"small": 0}}, "layers must be a list"),
         ({"noise": 3}, "noise must be"),
         ({"executor": 3}, "executor must be"),
         ({"threads": 0}, "threads must be"),

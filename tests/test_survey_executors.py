@@ -7,7 +7,7 @@ import random
 import signal
 import threading
 import time
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,7 +18,7 @@ import survey_models
 import torch
 
 import fisherop as fo
-from fisherop.surveys.run import MOST_LOSSES
+from fisherop.surveys.run import MOST_LOSSES, MOST_RENEWALS
 
 pytest.importorskip("pandas")
 
@@ -214,8 +214,6 @@ class Mortal(Executor):
         self.tasks = 0
 
     def submit(self, fn, /, *args, **kwargs):
-        from concurrent.futures import BrokenExecutor
-
         self.tasks += 1
         if self.tasks > 5:
             raise BrokenExecutor("a worker died")
@@ -232,6 +230,76 @@ def test_executor_that_breaks_leaves_a_store_that_resumes_and_says_so(tmp_path):
     made = []
     survey = run(tmp_path, **arguments, executor=lambda: made.append(Mortal()) or made[-1])
     assert (len(survey), survey.failures(), len(made)) == (12, [], 2)
+
+
+class Stillborn(Executor):
+    """Takes nothing, as a pool whose workers die as they start; or takes it and loses it."""
+
+    def __init__(self, takes: bool) -> None:
+        self.takes = takes
+
+    def submit(self, fn, /, *args, **kwargs):
+        if not self.takes:
+            raise BrokenExecutor("a worker died as it started")
+        future: Future = Future()
+        future.set_exception(BrokenExecutor("a worker died as it started"))
+        return future
+
+
+@pytest.mark.parametrize("takes", [False, True])
+def test_executors_that_break_whatever_they_are_given_end_the_survey_and_blame_no_cell(tmp_path, takes):
+    arguments = {"models": {"slow": survey_models.Slow}, "images": pictures(12), "layers": None}
+    made: list[Executor] = []
+
+    def make() -> Executor:
+        made.append(Stillborn(takes) if made else Mortal())
+        return made[-1]
+
+    words = (
+        r"5 executors in a row broke.*\(BrokenExecutor: a worker died as it started\); 5 of 12 cells are done and safe"
+    )
+    with pytest.raises(RuntimeError, match=words):
+        run(tmp_path, **arguments, executor=make)
+    survey = fo.Survey.open(tmp_path)
+    assert (len(survey), survey.failures(), len(made)) == (5, [], 2 + MOST_RENEWALS)
+
+
+def test_processes_that_die_as_they_start_end_the_survey(tmp_path, monkeypatch):
+    monkeypatch.setattr("fisherop.surveys.run.MOST_RENEWALS", 2)
+    make = partial(processes, initializer=os._exit, initargs=(1,))
+    with pytest.raises(RuntimeError, match=r"2 executors in a row broke.*0 of 2 cells are done"):
+        run(tmp_path, {"slow": survey_models.Slow}, None, None, executor=make)
+
+
+def test_function_that_makes_the_same_broken_executor_again_is_told(tmp_path):
+    pool = Mortal()
+    pool.shutdown()
+    with pytest.raises(RuntimeError, match=r"5 of 12 cells.*makes a new executor every time"):
+        run(tmp_path, {"slow": survey_models.Slow}, pictures(12), None, executor=lambda: pool)
+    with pytest.raises(TypeError, match=r"function that makes a concurrent\.futures.Executor, not None"):
+        run(tmp_path, {"slow": survey_models.Slow}, pictures(12), None, executor=lambda: None)
+
+
+class Murderous(Executor):
+    """Breaks whenever it is given one of two cells."""
+
+    def __init__(self) -> None:
+        self.broken = False
+
+    def submit(self, fn, /, *args):
+        future: Future = Future()
+        self.broken |= bool(args) and args[0].cell.image in ("image 1", "image 2")
+        if self.broken:
+            future.set_exception(BrokenExecutor("out of memory"))
+        else:
+            future.set_result(fn(*args))
+        return future
+
+
+def test_cells_that_break_every_executor_are_given_up_and_the_others_are_done(tmp_path):
+    survey = run(tmp_path, {"slow": survey_models.Slow}, pictures(4), None, executor=Murderous)
+    assert [failure.image for failure in survey.failures()] == ["image 1", "image 2"]
+    assert len(survey) == 4
 
 
 class Treacherous(Executor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import torch
 
 import fisherop as fo
 from fisherop.__main__ import main
+from fisherop.surveys import config
 
 pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
@@ -179,15 +181,86 @@ def test_command_computes_a_survey_resumes_it_and_reports(folder, capsys):
         (("Gaussian", "Weird"), "kind of noise must be one of"),
         (("covariance", "gain"), "noise: "),
         (('"survey_models:small"', "3"), "a model is named by text"),
+        (('"*.png"]', '"*.png"]\ngrey = "no"'), "images.grey must be true or false, not 'no'"),
+        (("k = 2", 'k = 2\nspectrum = "yes"'), "spectrum must be true or false, not 'yes'"),
+        (("k = 2", 'k = "2"'), "k must be a whole number"),
+        (("k = 2", "seed = true"), "seed must be a whole number"),
+        (("size = 12", 'size = "12"'), "images.size must be a whole number"),
+        (("size = 12", "size = 0"), "images.size is in pixels"),
+        (("size = 12", 'dtype = ["float32"]'), "images.dtype must be text"),
+        (('["*.png"]', '"*.png"'), "images.files must be a list, not '*.png'"),
+        (('["*.png"]', "[1]"), "images.files must be a list of texts"),
+        (('files = ["*.png"]', ""), "images names none"),
+        (('files = ["*.png"]', 'photographs = ["chelsee"]'), "images.photographs has 'chelsee'"),
+        (('["0", "2"]', '"0"'), "layers must be a list"),
+        (('layers = ["0", "2"]', 'layers.own = "0"'), "layers.own must be a list"),
+        (('store = "runs"', "store = 3"), "store must be text"),
+        (('store = "runs"', ""), "'store' is missing"),
+        (("[noise]", '[run]\nworkers = "4"\n[noise]'), "run.workers must be a whole number"),
+        (("[noise]", "[run]\nworkers = -1\n[noise]"), "run.workers and run.retries must not be negative"),
+        (('[noise]\nkind = "Gaussian"\ncovariance = 2.0', ""), "noise must be a table"),
+        (('[models]\nown = "survey_models:small"\nflaky = "survey_models:Flaky"', ""), "models must be a table"),
         (('[models]\nown = "survey_models:small"', '[run]\nworker = 2\n[models]\nown = "x:y"'), "run has worker"),
     ],
 )
 def test_mistake_in_the_file_is_one_sentence(folder, capsys, change, words):
-    Path("config.toml").write_text(CONFIG.replace(*change))
+    text = CONFIG.replace(*change)
+    missing = {"models must": 'models = "x"\n', "noise must": 'noise = "Poisson"\n'}  # where there is no such table
+    Path("config.toml").write_text(missing.get(words[:11].strip(), "") + text)
     assert main(["survey", "config.toml"]) == 2
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
+
+
+def test_file_that_is_no_text_is_one_sentence(folder, capsys):
+    Path("config.toml").write_bytes(b"store = '\xff'")
+    assert main(["survey", "config.toml"]) == 2
+    assert capsys.readouterr().err.startswith("fisherop: config.toml is no TOML: ")
+
+
+def test_files_may_lie_anywhere_and_are_taken_once(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("elsewhere")
+    inner = folder / "inner [1]"
+    inner.mkdir()
+    for path in (other / "photo0.png", folder / "camera.png", inner / "photo2.png", inner / "photo0.png"):
+        shutil.copy("photo0.png", path)
+    (folder / "folder.png").mkdir()
+    text = CONFIG.replace('"*.png"', f'"*.png", "photo1.png", "{other}/*.png", "../{other.name}/photo0.png"')
+    (folder / "config.toml").write_text(text)
+    arguments, _ = config.read(folder / "config.toml")
+    outside = os.path.relpath(other / "photo0.png", folder)
+    assert list(arguments["images"]) == ["camera", "photo0", "photo1", outside]
+    assert all(load().shape == (1, 3, 12, 12) for load in arguments["images"].values())
+    (inner / "config.toml").write_text(CONFIG)
+    assert list(config.read(inner / "config.toml")[0]["images"]) == ["photo0", "photo2"]
+    (folder / "config.toml").write_text(text.replace("size", 'photographs = ["camera"]\nsize'))
+    with pytest.raises(ValueError, match="two images are called 'camera'"):
+        config.read(folder / "config.toml")
+
+
+def test_file_whose_name_is_no_unicode_is_surveyed_and_reported(folder):
+    os.rename(b"photo0.png", b"caf\xe9.png")
+    code = "import sys; from fisherop.__main__ import main; sys.exit(main(['survey', 'config.toml']))"
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(fo.__file__).parents[1])])
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, env=environment, check=False
+    )
+    assert done.returncode == 1, done.stderr.decode()
+    assert b"caf\\udce9: ValueError" in done.stdout
+    assert b"caf\\udce9" in Path("runs/report.html").read_bytes()
+
+
+def test_broken_executor_is_one_sentence(folder, capsys, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("the executor's workers died; 0 of 8 cells are done and safe: call again")
+
+    monkeypatch.setattr(fo, "survey", broken)
+    assert main(["survey", "config.toml"]) == 2
+    assert (
+        capsys.readouterr().err == "fisherop: the executor's workers died; 0 of 8 cells are done and safe: call again\n"
+    )
 
 
 def test_report_of_no_store_is_one_sentence(folder, capsys):

@@ -16,8 +16,9 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -139,26 +140,34 @@ class Grid:
     def _image_fingerprint(self, name: str) -> str:
         try:
             return fingerprint(self.image(name))
-        except (OSError, ValueError) as error:  # its cells will fail, and be recorded; the others need not
+        except Exception as error:  # Pillow's are of many kinds: its cells will fail, and be recorded
             return f"unreadable: {fingerprint(str(error))}"
 
 
 def _named(sources: Any, what: str) -> dict[str, Any]:
     if not isinstance(sources, Mapping) or not sources or not all(isinstance(name, str) and name for name in sources):
         raise TypeError(f"{what} must be a dict of names to {what}, with one at least, not {sources!r:.60}")
-    return dict(sources)
+    return {str(name): source for name, source in sources.items()}  # not a NumPy text, which has a key of its own
 
 
 def _layers_of(model: str, layers: Any) -> dict[str, str | int | None]:
     if isinstance(layers, Mapping):
         layers = layers.get(model)
-    if isinstance(layers, (str, int)):
+    if layers is not None and (isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable)):
         raise TypeError(f"layers must be a list of layers, or a dict of such lists for models, not {layers!r}")
-    listed = [None] if layers is None else list(layers)
+    listed = [None] if layers is None else [_plain_layer(layer) for layer in layers]
     labels = {OUTPUT if layer is None else str(layer): layer for layer in listed}
     if not listed or len(labels) != len(listed):
         raise ValueError(f"layers of {model!r} must be one or more, each named once, not {listed}")
     return labels
+
+
+def _plain_layer(layer: Any) -> str | int | None:
+    if layer is None or isinstance(layer, str):
+        return None if layer is None else str(layer)
+    if isinstance(layer, bool) or not isinstance(layer, (int, np.integer)):
+        raise TypeError(f"a layer is a name, a number, or None for a model's own response, not {layer!r}")
+    return int(layer)
 
 
 def _check_model(name: str, source: Any) -> None:
@@ -242,7 +251,8 @@ def fingerprint(x: Any) -> str:
 def _parts(x: Any) -> Iterator[Any]:
     """Yield bytes that tell a value from all others."""
     if x is None or isinstance(x, (bool, int, float, complex, str, bytes)):
-        yield f"{type(x).__name__} {x!r}".encode() if not _is_model_file(x) else b"file " + _file_digest(x)
+        is_file = isinstance(x, str) and _is_model_file(x) and os.path.isfile(x)  # a name may look like one
+        yield b"file " + _file_digest(x) if is_file else f"{type(x).__name__} {x!r}".encode()
     elif isinstance(x, os.PathLike):
         yield b"file " + _file_digest(x)
     elif isinstance(x, Tensor):
@@ -316,7 +326,7 @@ def _beyond_weights(model: nn.Module, known: dict[int, str]) -> list[Any]:
 def _plain(x: Any, known: dict[int, str], depth: int = 2) -> Any:
     """Return an attribute's value as plain data; an object of a class unknown here as its own public attributes."""
     if isinstance(x, (str, os.PathLike)):
-        return os.fsencode(x)  # text, also where it names a file: what was in that is in the weights
+        return repr(os.fspath(x))  # text, also where it names a file: what was in that is in the weights
     if isinstance(x, Mapping):
         return {str(key): _plain(value, known, depth) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
@@ -332,10 +342,12 @@ def _plain(x: Any, known: dict[int, str], depth: int = 2) -> Any:
     if hasattr(x, "__qualname__"):
         return _path(x)
     kind = _path(type(x))
+    if isinstance(x, Enum):
+        return kind, x.name
     if not depth or kind.startswith("torch.") or not hasattr(x, "__dict__"):
         return kind
     public = {key: value for key, value in vars(x).items() if not key.startswith("_")}
-    return kind, getattr(x, "name", ""), _plain(public, known, depth - 1)
+    return kind, _plain(public, known, depth - 1)
 
 
 _PLAIN = (bool, int, float, complex, bytes, np.generic, Tensor, torch.dtype, torch.device)

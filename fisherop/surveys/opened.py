@@ -333,8 +333,8 @@ class Survey:
 
     def read(self, record: Record) -> Eigendistortions:
         """Return the result of a finished cell, its file checked."""
-        sidecar = self._store.sidecar(record.key)
         try:
+            sidecar = self._store.sidecar(record.key)
             if sidecar is None:
                 raise Damaged(f"the sidecar of cell {record.key} is missing")
             return Eigendistortions.load(self._store.data(sidecar))

@@ -15,6 +15,7 @@ import math
 import os
 import time
 import uuid
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from string import Template
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 ROWS = 2000
 """Rows of the table; the rest is left to `Survey.table`."""
 
+NAME_LENGTH = 32
+"""Letters of a name in a figure; the rest of the page has all of them."""
+
 SHOWN = 160
 """Pixels of the screen that a picture is magnified to at least."""
 
@@ -48,7 +52,7 @@ def write(survey: Survey, path: Path, title: str, pictures: int) -> None:
         body="\n".join(section for section in sections if section),
     )
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.write_text(page, encoding="utf-8")
+    partial.write_text(page, encoding="utf-8", errors="backslashreplace")
     os.replace(partial, path)
 
 
@@ -68,6 +72,13 @@ def _by_settings(survey: Survey, pictures: int) -> Iterator[str]:
 
 def _escaped(x: Any) -> str:
     return html.escape(str(x))
+
+
+def _drawn(name: str) -> str:
+    """Return a name as matplotlib draws it: no formula, nothing that ends a line, and not out of all proportion."""
+    spelled = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    shown = spelled if len(spelled) <= NAME_LENGTH else spelled[: NAME_LENGTH - 1] + "…"
+    return (" " if shown.startswith("_") else "") + shown.replace("$", r"\$")  # legends leave names out that begin so
 
 
 def _observer(record: Record) -> str:
@@ -148,11 +159,12 @@ def _curves(survey: Survey) -> str:
         for model in survey.models:
             rows = found[(found.model == model) & (found.quantity == quantity)]
             x = [survey.layers.index(layer) for layer in rows.layer]
-            ax.errorbar(x, rows["mean"], rows["error"].fillna(0), marker="o", markersize=4, capsize=2, label=model)
+            ax.errorbar(
+                x, rows["mean"], rows["error"].fillna(0), marker="o", markersize=4, capsize=2, label=_drawn(model)
+            )
         ax.set_title(quantities[quantity], loc="left", fontsize=10)
-        ax.set_xticks(
-            range(len(survey.layers)), survey.layers, rotation=45 if len(survey.layers) > 4 else 0, fontsize=8
-        )
+        layers = [_drawn(layer) for layer in survey.layers]
+        ax.set_xticks(range(len(layers)), layers, rotation=45 if len(layers) > 4 else 0, fontsize=8)
         ax.margins(x=0.15)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=8)
@@ -172,7 +184,7 @@ def _spectra(survey: Survey) -> str:
             cells = [r for r in survey.records if (r.model, r.layer) == (model, layer) and r.pairs is not None]
             for i, record in enumerate(cells):
                 assert record.pairs is not None
-                label = layer if i == 0 else None
+                label = _drawn(layer) if i == 0 else None
                 style: dict[str, Any] = {"color": f"C{number % 10}", "alpha": 0.25 + 0.75 / len(cells), "label": label}
                 if record.spectrum and "eigenvalues" in record.spectrum:
                     index, values = np.array(record.spectrum["index"]), np.array(record.spectrum["eigenvalues"])
@@ -180,7 +192,7 @@ def _spectra(survey: Survey) -> str:
                 else:
                     ax.plot(record.pairs[:, 1] + 1, np.maximum(record.pairs[:, 0], 1e-300), "o", markersize=4, **style)
         ax.set(xscale="log", yscale="log")
-        ax.set_title(model, loc="left", fontsize=10)
+        ax.set_title(_drawn(model), loc="left", fontsize=10)
         ax.set_xlabel("position in the spectrum, from 1", fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=7)
@@ -208,7 +220,9 @@ def _svg(fig: Figure) -> str:
     from matplotlib import rc_context
 
     buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "fisherop"}):
+    settings: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "fisherop"}
+    with rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the browser draws the text, with fonts of its own
         fig.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

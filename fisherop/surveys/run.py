@@ -29,13 +29,16 @@ from fisherop.solvers import BACKENDS
 from fisherop.surveys.cells import Cell, Grid, Settings, packed, root_seed
 from fisherop.surveys.opened import Survey
 from fisherop.surveys.store import DONE, FAILED, Store
-from fisherop.surveys.work import CellError, Outcome, Task, compute, forget_models
+from fisherop.surveys.work import CellError, Outcome, Task, compute, forget_models, works
 
 Layers = Sequence[str | int | None] | Mapping[str, Sequence[str | int | None]]
 
 MOST_LOSSES = 25
 """How often a cell's worker may die before the cell is given up: whoever kills workers at random must not be blamed on
 it, and a cell that runs out of memory must not kill them for ever."""
+
+MOST_RENEWALS = 25
+"""How many executors in a row may break at a task that does nothing, before the survey ends: as many, likewise."""
 
 UNKNOWN_WORKERS = 256
 
@@ -112,7 +115,7 @@ def survey(
     OSError
         Where the store cannot be written; what it has is safe.
     RuntimeError
-        Where the executor broke and there is no other; what was finished is safe.
+        Where the executor broke and there is no other that works; what was finished is safe.
 
     Notes
     -----
@@ -132,8 +135,7 @@ def survey(
     array([ True,  True])
     """
     settings = _checked_settings(k, which, method, tol, maxiter, noise, spectrum, rng)
-    if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)) or threads < 1:
-        raise ValueError(f"threads must be a whole number of at least 1, not {threads!r}")
+    threads = _count(threads, "threads")
     _check_executor(executor)
     grid = Grid(models, images, layers, settings)
     cells = grid.cells()
@@ -146,27 +148,43 @@ def survey(
         counts = Counter(state for state in states.values() if state in finished)
         with _Ledger(folder, grid, len(cells), counts, progress) as ledger:
             if executor is None:
-                _in_process(missing, _Tasks(grid, int(threads), packs=False), ledger)
+                _in_process(missing, _Tasks(grid, threads, packs=False), ledger)
             else:
                 packs = not isinstance(executor, ThreadPoolExecutor)
-                _on_executor(missing, _Tasks(grid, int(threads), packs=packs), ledger, executor)
+                _on_executor(missing, _Tasks(grid, threads, packs=packs), ledger, executor)
     return Survey.of_cells(folder, [cell.key for cell in cells])
 
 
 def _checked_settings(
     k: int, which: str, method: str, tol: float | None, maxiter: int | None, noise: Any, spectrum: bool, rng: Any
 ) -> Settings:
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-        raise ValueError(f"k must be a whole number of at least 1, not {k!r}")
+    """Return the settings as Python's own numbers and texts, which JSON and the key of a cell know."""
     if which not in WHICH:
         raise ValueError(f"which must be one of {', '.join(WHICH)}, not {which!r}")
     if method not in ("auto", *BACKENDS):
         raise ValueError(f"method must be one of auto, {', '.join(BACKENDS)}, not {method!r}")
-    if tol is not None and not 0 < tol < 1:
-        raise ValueError(f"tol is relative to the largest eigenvalue and must lie between 0 and 1, not {tol}")
+    if tol is not None and not (isinstance(tol, (int, float, np.number)) and 0 < tol < 1):
+        raise ValueError(f"tol is relative to the largest eigenvalue and must lie between 0 and 1, not {tol!r}")
     if noise is not None and not hasattr(noise, "at"):
         raise TypeError(f"noise must be one of fisherop.noise, not {type(noise).__name__}")
-    return Settings(int(k), which, method, tol, maxiter, noise, bool(spectrum), root_seed(rng))
+    if not isinstance(spectrum, (bool, np.bool_)):
+        raise TypeError(f"spectrum must be True or False, not {spectrum!r}")
+    return Settings(
+        _count(k, "k"),
+        str(which),
+        str(method),
+        None if tol is None else float(tol),
+        None if maxiter is None else _count(maxiter, "maxiter"),
+        noise,
+        bool(spectrum),
+        root_seed(rng),
+    )
+
+
+def _count(x: Any, name: str) -> int:
+    if isinstance(x, bool) or not isinstance(x, (int, np.integer)) or x < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {x!r}")
+    return int(x)
 
 
 def _check_executor(executor: Any) -> None:
@@ -257,7 +275,7 @@ class _Tasks:
         """Return the task of a cell whose worker died so many times; raise CellError where its image cannot be read."""
         try:
             image = self.grid.image(cell.image)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # files and functions may raise anything
             raise CellError.of(error) from None
         return Task(
             cell,
@@ -291,8 +309,9 @@ def _in_process(cells: list[Cell], task: _Tasks, ledger: _Ledger) -> None:
 
 def _on_executor(cells: list[Cell], task: _Tasks, ledger: _Ledger, given: Executor | Callable[[], Executor]) -> None:
     """Compute cells on an executor, no more at a time than keep its workers busy, and on a new one when it breaks."""
-    executor = given if isinstance(given, Executor) else given()
+    executor = given if isinstance(given, Executor) else _made(given)
     own = executor is not given
+    counted = -1  # cells that were done or failed when an executor broke last
     waiting = deque(cells)
     losses: Counter[str] = Counter()
     flying: dict[Future[Outcome], Cell] = {}
@@ -333,7 +352,8 @@ def _on_executor(cells: list[Cell], task: _Tasks, ledger: _Ledger, given: Execut
                         ledger.finish(cell, found)
                     else:
                         waiting.append(cell)
-                executor, own = _another(given, executor, broken, ledger), True
+                stuck, counted = counted == ledger.done + ledger.failed, ledger.done + ledger.failed
+                executor, own = _another(given, executor, broken, ledger, stuck), True
     except BaseException:
         for future in flying:
             future.cancel()
@@ -368,22 +388,53 @@ def _drained(flying: dict[Future[Outcome], Cell]) -> list[tuple[Future[Outcome],
     return landed
 
 
-def _another(given: Any, broken: Executor, cause: BaseException, ledger: _Ledger) -> Executor:
-    """Return an executor in place of a broken one."""
+def _another(given: Any, broken: Executor, cause: BaseException, ledger: _Ledger, stuck: bool) -> Executor:
+    """Return an executor in place of a broken one; where the last finished nothing, one that has proved to work.
+
+    A cell may break one executor after another until it is given up. That executors break whatever they are given is
+    another matter, and no cell is to be blamed for it.
+    """
+    for _ in range(MOST_RENEWALS):
+        _shut(broken, wait=False)
+        made = _renewed(given)
+        if made is None:
+            break
+        try:
+            if stuck or made is broken:
+                made.submit(works).result()
+            return made
+        except (RuntimeError, CancelledError) as error:  # broken, or shut down already
+            broken, cause = made, error
     _shut(broken, wait=False)
+    done = f"({type(cause).__name__}: {cause}); {ledger.done} of {ledger.total} cells are done and safe"
+    if made is None:
+        raise RuntimeError(
+            f"the executor's workers died {done}: call again with a new executor, or pass a function that makes one, "
+            "to have that done for you"
+        ) from cause
+    raise RuntimeError(
+        f"{MOST_RENEWALS} executors in a row broke before they did anything {done}: see what ends workers as they "
+        "start (memory, an initializer, a script without `if __name__ == '__main__'`), or whether the function makes a "
+        "new executor every time, and call again"
+    ) from cause
+
+
+def _renewed(given: Any) -> Executor | None:
+    """Return a new executor like one that broke, or None where nobody knows how."""
     if not isinstance(given, Executor):
-        made: Executor = given()
-        return made
+        return _made(given)
     if type(given) is ProcessPoolExecutor:
         pool: Any = given
-        try:
+        with suppress(AttributeError):  # a Python that names them otherwise
             return ProcessPoolExecutor(pool._max_workers, pool._mp_context, pool._initializer, pool._initargs)
-        except AttributeError:  # a Python that names them otherwise
-            pass
-    raise RuntimeError(
-        f"the executor's workers died ({type(cause).__name__}: {cause}); {ledger.done} of {ledger.total} cells are "
-        "done and safe: call again with a new executor, or pass a function that makes one, to have that done for you"
-    ) from cause
+    return None
+
+
+def _made(make: Callable[[], Executor]) -> Executor:
+    made = make()
+    if not isinstance(made, Executor):
+        raise TypeError(f"executor must be a function that makes a concurrent.futures.Executor, not {made!r:.60}")
+    return made
 
 
 def _shut(executor: Executor, *, wait: bool) -> None:

@@ -73,6 +73,8 @@ class Store:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError:
             raise Damaged(f"{path} is missing") from None
+        except IsADirectoryError:
+            raise Damaged(f"{path} is a folder, where a file was written") from None
         if found != sidecar["data"]["sha256"]:
             raise Damaged(f"{path} is not as it was written")
         return path
@@ -127,7 +129,7 @@ class Store:
 
     def _write_sidecar(self, key: str, state: str, facts: Sidecar) -> None:
         body = {"format": FORMAT, "key": key, "state": state, "finished": time.time()} | facts
-        text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))[1:]
+        text = json.dumps(body, separators=(",", ":"))[1:]  # ASCII: names of files may be no valid Unicode
         check = hashlib.sha256(text.encode()).hexdigest()[:CHECK_LENGTH]
         self._write(self._sidecar_path(key), f"{OPENING}{check}{CLOSING}{text}\n".encode())
 
@@ -174,6 +176,13 @@ class Store:
                 raw = file.read()
         except FileNotFoundError:
             return None
+        except IsADirectoryError:
+            raise Damaged(f"{path} is a folder, where a file was written") from None
+        except NotADirectoryError:
+            folder = os.path.dirname(path)
+            raise NotADirectoryError(
+                errno.ENOTDIR, "a file is where a store has a folder: move it away", folder
+            ) from None
         start = len(OPENING) + CHECK_LENGTH + len(CLOSING)
         text = raw[start:].removesuffix(b"\n")
         if hashlib.sha256(text).hexdigest()[:CHECK_LENGTH].encode() != raw[len(OPENING) : len(OPENING) + CHECK_LENGTH]:

@@ -119,6 +119,11 @@ def compute(task: Task) -> Outcome:
             raise CellError.of(error) from None
 
 
+def works() -> bool:
+    """Tell that a worker lives and has this package, by answering."""
+    return True
+
+
 @contextmanager
 def one_setting_of_threads(count: int) -> Iterator[None]:
     """Give torch so many threads, and later as many as it had."""
