@@ -145,6 +145,24 @@ def assert_adjoint(v, jv, u, jtu):
     assert (left - right).norm() <= 1e-4 * left.norm()
 
 
+class Branches(nn.Module):
+    """Convolutions of one image by side, whose transposes are rewritten after their slopes were folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.paths = nn.ModuleList(nn.Conv2d(2, 4, 5, stride=2, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        return [nn.functional.gelu(path(x)) for path in self.paths]
+
+
+def test_a_constant_folded_late_does_not_take_the_name_of_one_folded_before():
+    torch.manual_seed(0)
+    at = Linearization(Branches(), torch.rand(1, 2, 16, 16), {"block": 1, "others": "cheapest"})
+    assert (at.strategy, at.reason) == ("recorded", "")
+    assert list(at.tuning.values()).count("phases") == 3
+
+
 @pytest.mark.slow
 def test_a_transformer_is_recorded_at_its_own_size():
     torchvision = pytest.importorskip("torchvision")

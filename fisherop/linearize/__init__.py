@@ -204,7 +204,7 @@ class Linearization:
                 raise RecordError("forward and reverse mode disagree on whether the response depends on the image")
             return self._constant()
         self.strategy = "recorded"
-        slopes: dict[Any, Tensor] = {}
+        slopes: dict[Any, tuple[Tensor, list[Tensor]]] = {}
         programs = {"J": recording.jvp.simplified(slopes), "Jt": recording.vjp.simplified(slopes)}
         with torch.no_grad(), exact_arithmetic():
             for name, program in programs.items():
