@@ -54,6 +54,11 @@ class Program:
         self.sweep()
         return self
 
+    def part_from(self, memory: set[int]) -> None:
+        """Copy the constants that share memory which others go on writing."""
+        shared = {name: value for name, value in self.constants.items() if memory_key(value) in memory}
+        self.constants |= {name: value.clone() for name, value in shared.items()}
+
     def sweep(self) -> None:
         """Drop dead operations and the constants that only they read."""
         for node in reversed(list(self.graph.nodes)):
