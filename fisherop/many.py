@@ -285,7 +285,8 @@ class FisherBatch:
         """Refuse a Jacobian in which a change of some images changes the responses to others."""
         image = self.linearization.image
         source = torch.Generator("cpu").manual_seed(0)
-        tangents = torch.randn(2, self.count, image[0, 0].numel(), generator=source, dtype=torch.float64).to(image)
+        shape = 2, self.count, image[0, 0].numel()
+        tangents = torch.randn(shape, generator=source, dtype=torch.float64, device="cpu").to(image)
         for parity in (0, 1):
             tangents[parity, parity::2] = 0
         change = self.linearization.jvp(tangents.reshape(2, -1)).reshape(2, self.count, -1)

@@ -119,7 +119,7 @@ def _load_rules_of_forward_mode() -> None:
     """Let torch load its rules, in the course of which it warns of its own use of torch.jit."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+        forward_ad.make_dual(*torch.zeros(2, device="cpu"))
 
 
 def forward_mode(respond: Product, image: Tensor, m: int) -> Product:

@@ -170,7 +170,10 @@ def _mul(program: Program, node: Any) -> None:
     value, factor = node.args
     if program.constant(value) is not None or not isinstance(value, fx.Node):
         value, factor = factor, value
-    scale = program.constant(factor) if isinstance(factor, fx.Node) else torch.tensor(factor, dtype=node.meta["dtype"])
+    if isinstance(factor, fx.Node):
+        scale = program.constant(factor)
+    else:
+        scale = torch.tensor(factor, dtype=node.meta["dtype"], device="cpu")
     if scale is None or not isinstance(value, fx.Node) or {scale.dtype, _dtype(program, value)} != {node.meta["dtype"]}:
         return
     if scale.numel() == 1 and scale.item() == 1 and shape_of(value) == shape_of(node):
