@@ -183,7 +183,7 @@ def _probe_rest(op: RowOperator, pairs: Pairs, request: Request) -> Steps[Probe]
     low, high = float(values[0]), float(values[-1])
     if not exhausted and len(diagonal) < n:
         low, high = -outer(-values[::-1], beside, n), outer(values, beside, n)
-    ends = torch.as_tensor(vectors[:, [0, -1]].T.copy()).to(basis) @ basis
+    ends = torch.from_numpy(vectors[:, [0, -1]].T.copy()).to(basis) @ basis
     # n times the share is near a chi-squared variable with as many degrees of freedom as the null space has dimensions.
     deviation = math.sqrt(2 * max(n * share, 1.0) * (1 - share))
     return Probe(max(low - drift, 0.0), high + drift, n * share, deviation, ends)

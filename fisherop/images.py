@@ -159,12 +159,12 @@ def color_wheel(size: int = 256, dtype: torch.dtype = torch.float32) -> Tensor:
     tensor([1., 0., 0.])
     """
     height, _ = _pair(size)
-    offset = (2 * torch.arange(height, dtype=torch.float64) + 1 - height) / height
+    offset = (2 * torch.arange(height, dtype=torch.float64, device="cpu") + 1 - height) / height
     y, x = -offset[:, None], offset[None, :]
     radius = torch.hypot(x, y)
     sextant = torch.atan2(y, x) * (3 / torch.pi)
     # HSV to RGB at value 1: 1 - S max(0, min(k, 4 - k, 1)), k = (n + H / 60°) mod 6, n = 5, 3, 1 for R, G, B.
-    k = (torch.tensor([5, 3, 1])[:, None, None] + sextant) % 6
+    k = (torch.tensor([5, 3, 1], device="cpu")[:, None, None] + sextant) % 6
     darkness = torch.minimum(k, 4 - k).clamp(0, 1)
     inside = ((1 - radius) * height / 2 + 0.5).clamp(0, 1)  # the part of a pixel on the rim that is in the wheel
     return (1 - inside * radius.clamp(max=1) * darkness)[None].to(dtype)

@@ -19,13 +19,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from fisherop import certificate
 from fisherop.eigen import advice, checked_request, choose, known
 from fisherop.linearize import Linearization, exact_arithmetic
 from fisherop.linearize.autodiff import bytes_written, differentiable
-from fisherop.linearize.checks import buffers_kept, checked_image, close, flat_response
+from fisherop.linearize.checks import buffers_kept, checked_image, close, flat_response, leaves
 from fisherop.noise import Gaussian, Noise
 from fisherop.operators import InformationOperator
 from fisherop.restrict import subspace
@@ -285,7 +284,8 @@ class FisherBatch:
         """Refuse a Jacobian in which a change of some images changes the responses to others."""
         image = self.linearization.image
         source = torch.Generator("cpu").manual_seed(0)
-        tangents = torch.randn(2, self.count, image[0, 0].numel(), generator=source, dtype=torch.float64).to(image)
+        shape = 2, self.count, image[0, 0].numel()
+        tangents = torch.randn(shape, generator=source, dtype=torch.float64, device="cpu").to(image)
         for parity in (0, 1):
             tangents[parity, parity::2] = 0
         change = self.linearization.jvp(tangents.reshape(2, -1)).reshape(2, self.count, -1)
@@ -355,9 +355,7 @@ _MIXED = (
 def _rows_of(output: Any, count: int) -> Tensor:
     """Return a model's output for a batch, of whatever structure, as a row for every image."""
     parts = []
-    for leaf in tree_leaves(output):
-        if not isinstance(leaf, Tensor):
-            continue
+    for leaf in leaves(output):
         if leaf.ndim == 0 or len(leaf) != count:
             raise ValueError(
                 f"the model's response to a batch of {count} images has shape {tuple(leaf.shape)}: it must have a "

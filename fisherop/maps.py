@@ -42,15 +42,15 @@ def row_products(matrix: Any, like: Tensor) -> tuple[Product, Product]:
         For a complex matrix.
     """
     if isinstance(matrix, (Tensor, np.ndarray)):
-        dense = _real(matrix).to(like.device, like.dtype)
+        dense = _real(matrix, like.device).to(like.dtype)
         return (lambda rows: rows @ dense.T), (lambda rows: rows @ dense)
     if np.dtype(matrix.dtype or np.float64).kind == "c":
         raise TypeError("a complex operator has no place here: write it as real pairs")
     return (lambda rows: _on_host(matrix, rows)), (lambda rows: _on_host(matrix.T, rows))
 
 
-def _real(matrix: Tensor | NDArray[Any]) -> Tensor:
-    tensor = torch.as_tensor(matrix).detach()
+def _real(matrix: Tensor | NDArray[Any], device: torch.device) -> Tensor:
+    tensor = torch.as_tensor(matrix, device=device).detach()
     if tensor.is_complex():
         raise TypeError("a complex matrix has no place here: write it as real pairs")
     return tensor
@@ -63,6 +63,6 @@ def _on_host(matrix: Any, rows: Tensor) -> Tensor:
 def dense_columns(matrix: Any, like: Tensor) -> Tensor:
     """Return any such matrix as a float64 tensor of shape (p, q) on the device of `like`."""
     if isinstance(matrix, (Tensor, np.ndarray)):
-        return _real(matrix).to(like.device, torch.float64)
-    identity = torch.eye(matrix.shape[1], dtype=torch.float64)
+        return _real(matrix, like.device).to(torch.float64)
+    identity = torch.eye(matrix.shape[1], dtype=torch.float64, device="cpu")
     return row_products(matrix, identity)[0](identity).T.to(like.device)

@@ -259,7 +259,7 @@ class Custom:
         if isinstance(self.precision, (Tensor, np.ndarray)):
             return _from_dense(dense_columns(self.precision, response), response)
         if m <= DENSE_ORDER:
-            return _from_dense(apply(torch.eye(m).to(response)).double(), response)
+            return _from_dense(apply(torch.eye(m, dtype=response.dtype, device=response.device)).double(), response)
         return Products(apply, _rootless, _rootless)
 
 
@@ -390,7 +390,7 @@ def _rootless(rows: Tensor) -> Tensor:
 def _numbers(x: Any, response: Tensor, name: str) -> Tensor:
     """Return finite real numbers in float64 on the response's device."""
     try:
-        numbers = torch.as_tensor(x).detach()
+        numbers = torch.as_tensor(x, device=response.device).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be made of numbers, not {type(x).__name__}") from error
     if numbers.is_complex():
@@ -444,7 +444,7 @@ def _checked_function(function: Callable[[Tensor], Any], name: str) -> Product:
 def _probes(response: Tensor) -> tuple[Tensor, float]:
     """Return two Gaussian rows, always the same, and what rounding may do relative to their products."""
     source = torch.Generator("cpu").manual_seed(0)
-    rows = torch.randn(2, response.numel(), generator=source, dtype=torch.float64)
+    rows = torch.randn(2, response.numel(), generator=source, dtype=torch.float64, device="cpu")
     # Loose enough for operators that carry errors of their own, as iterative solvers do.
     return rows.to(response), max(1e3 * torch.finfo(response.dtype).eps, 1e-5)
 

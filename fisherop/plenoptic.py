@@ -470,7 +470,10 @@ def _name(model: Any) -> str:
 def _packed(result: Eigendistortions) -> dict[str, Any]:
     """Return a result as tensors and plain data; its image is kept elsewhere."""
     entries = {name: value for name, value in vars(result).items() if name != "image"}
-    return {name: torch.tensor(value) if isinstance(value, np.ndarray) else value for name, value in entries.items()}
+    return {
+        name: torch.tensor(value, device="cpu") if isinstance(value, np.ndarray) else value
+        for name, value in entries.items()
+    }
 
 
 def _unpacked(entries: dict[str, Any], image: Tensor) -> Eigendistortions:

@@ -114,7 +114,7 @@ def subspace(within: Any, image: Tensor) -> Subspace:
         found: Subspace = within.at(image)
         return found
     if isinstance(within, (Tensor, np.ndarray)) and str(within.dtype).endswith("bool"):
-        return _mask(torch.as_tensor(within), image)
+        return _mask(torch.as_tensor(within, device=image.device), image)
     if isinstance(within, (list, tuple, range)) or (isinstance(within, (Tensor, np.ndarray)) and within.ndim == 1):
         return Pixels(within).at(image)
     if is_matrix(within):
@@ -152,7 +152,7 @@ class Channel:
                 f"an image of shape {tuple(image.shape)} has {count} channels, and none of index {self.index}: the "
                 "channel is the third dimension from the last"
             )
-        mask = torch.zeros(image.shape, dtype=torch.bool)
+        mask = torch.zeros(image.shape, dtype=torch.bool, device="cpu")
         mask[..., self.index, :, :] = True
         return _mask(mask, image)
 
@@ -178,7 +178,7 @@ class Pixels:
 
     def at(self, image: Tensor) -> Subspace:
         """Return the subspace for images of this one's shape."""
-        where = torch.as_tensor(self.where)
+        where = torch.as_tensor(self.where, device="cpu")
         if where.numel() == 0:
             raise ValueError("within lists no pixel, which leaves no distortion: list one at least")
         paired = where.ndim == 2 and where.shape[1] == 2 and image.ndim >= 2
@@ -188,13 +188,13 @@ class Pixels:
             raise ValueError(
                 f"pixels of shape {tuple(where.shape)} are neither places in the flattened image nor (row, column)"
             )
-        sizes = torch.tensor(image.shape[-2:] if paired else [image.numel()])
-        where = where.cpu().long().reshape(len(where), -1)
+        sizes = torch.tensor(image.shape[-2:] if paired else [image.numel()], device="cpu")
+        where = where.long().reshape(len(where), -1)
         if ((where < 0) | (where >= sizes)).any():
             raise ValueError(f"a pixel lies outside the image of shape {tuple(image.shape)}: count from 0")
         if len(set(map(tuple, where.tolist()))) < len(where):
             raise ValueError("a pixel is listed twice: list each of them once")
-        mask = torch.zeros(image.shape, dtype=torch.bool)
+        mask = torch.zeros(image.shape, dtype=torch.bool, device="cpu")
         if paired:
             mask[..., where[:, 0], where[:, 1]] = True
         else:
@@ -238,7 +238,7 @@ class Band:
         if not 0 <= self.low < self.high:
             raise ValueError(f"a band needs 0 <= low < high in cycles per pixel, not {self.low} and {self.high}")
         space = image.shape[-2:]
-        axes = [torch.fft.fftfreq(size, dtype=torch.float64).square() for size in space]
+        axes = [torch.fft.fftfreq(size, dtype=torch.float64, device="cpu").square() for size in space]
         squared = axes[0] if len(space) < 2 else axes[0][:, None] + axes[1]
         # The square root is rounded, so that waves of one frequency but for rounding stay together.
         frequency = squared.sqrt().mul(1e12).round().div(1e12)
@@ -316,7 +316,7 @@ def _operator(op: LinearOperator, image: Tensor) -> Subspace:
 
 def _has_orthonormal_columns(found: Subspace, image: Tensor) -> bool:
     source = torch.Generator("cpu").manual_seed(0)
-    rows = torch.randn(2, found.size, generator=source, dtype=torch.float64).to(image)
+    rows = torch.randn(2, found.size, generator=source, dtype=torch.float64, device="cpu").to(image)
     try:
         again = found.project(found.expand(rows))
     except (NotImplementedError, TypeError):  # what SciPy raises for an operator without its transpose

@@ -116,7 +116,7 @@ class RowOperator:
 
     def tensor(self, array: NDArray[Any] | Tensor) -> Tensor:
         """Bring an array to the rows' dtype and device."""
-        return torch.as_tensor(array).to(self.device, self.dtype)
+        return torch.as_tensor(array, dtype=self.dtype, device=self.device)
 
     def vectors(self, given: NDArray[Any] | Tensor) -> Tensor:
         """Return vectors as rows: given in image shape, or as rows or columns of length n or of an image's pixels."""
@@ -219,7 +219,7 @@ def _foreign_product(op: Any) -> tuple[torch.dtype, Product]:
     torch_dtype = _rows_dtype(_numpy_dtype(op))
     if isinstance(op, np.ndarray):
         return torch_dtype, _foreign_product(torch.from_numpy(op.astype(NUMPY_DTYPE[torch_dtype])))[1]
-    return torch_dtype, row_products(op, torch.empty(0, dtype=torch_dtype))[0]
+    return torch_dtype, row_products(op, torch.empty(0, dtype=torch_dtype, device="cpu"))[0]
 
 
 def _numpy_dtype(op: Any) -> np.dtype[Any]:

@@ -207,7 +207,8 @@ def _check_same_restriction(i: int, op: InformationOperator, first: InformationO
     if op is first:
         return
     source = torch.Generator("cpu").manual_seed(0)
-    probe = torch.randn(1, op.shape[0], generator=source, dtype=torch.float64).to(op.device, op.torch_dtype)
+    probe = torch.randn(1, op.shape[0], generator=source, dtype=torch.float64, device="cpu")
+    probe = probe.to(op.device, op.torch_dtype)
     expected = first.expand(probe)
     if (op.expand(probe) - expected).norm() > 1e3 * torch.finfo(probe.dtype).eps * expected.norm():
         raise ValueError(f"ops[{i}] is restricted otherwise than the first: pass the same within= to all of them")

@@ -1,10 +1,11 @@
 """Laws of the linearization: the right Jacobian, for every model, without a trace left on the model."""
 
 import warnings
+from collections import OrderedDict, namedtuple
 
 import pytest
 import torch
-from models import MODELS, build, dense_jacobian
+from models import MODELS, build, dense_jacobian, parts
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +25,54 @@ def test_both_products_agree_with_the_dense_jacobian(name, dtype):
     scale = EPS[dtype] * dense.norm()
     assert (at.jvp(torch.eye(n, dtype=dtype)).T - dense).norm() <= scale
     assert (at.vjp(torch.eye(m, dtype=dtype)) - dense).norm() <= scale
+
+
+Pair = namedtuple("Pair", ["first", "second"])
+RESPONSES = {
+    "a number": lambda x: x.prod(),
+    "a complex number": lambda x: (x * (1 + 2j)).prod(),
+    "a dictionary of its own kind": lambda x: OrderedDict(a=x.sin(), b=None, c=x.sum()),
+    "a named tuple": lambda x: Pair(x.cumsum(-1), (x.std(), x.exp())),
+    "a conjugate": lambda x: torch.fft.fft(x.exp()).conj(),
+    "a negative view": lambda x: [torch.fft.fft(x.exp()).conj().imag, torch._neg_view(torch.fft.fft(x))],
+    "an adjoint": lambda x: torch.fft.fft2(x.sin()).mH,
+    "real and complex": lambda x: {"real": x**2, "complex": (torch.fft.rfft(x), x.mean() * 1j)},
+}
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["recorded", "forward-mode"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", RESPONSES)
+def test_every_number_of_a_response_counts_and_a_complex_one_twice(name, dtype, live):
+    class Once(torch.autograd.Function):
+        """Nothing, whose reverse rule reads a value of the cotangent."""
+
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, u):
+            return u if float(u.sum()) > 0 else u.clone()
+
+        @staticmethod
+        def jvp(ctx, t):
+            return t.clone()
+
+    respond = RESPONSES[name]
+    image = torch.linspace(0.4, 1.3, 12, dtype=dtype).view(3, 4)
+    at = Linearization((lambda x: respond(Once.apply(x))) if live else respond, image)
+    assert at.strategy == ("forward-mode" if live else "recorded")
+    dense = torch.autograd.functional.jacobian(lambda x: torch.cat([numbers(y) for y in parts(respond(x))]), image)
+    dense = dense.reshape(-1, 12)
+    scale = EPS[dtype] * dense.norm()
+    assert (at.jvp(torch.eye(12, dtype=dtype)).T - dense).norm() <= scale
+    assert (at.vjp(torch.eye(len(dense), dtype=dtype)) - dense).norm() <= scale
+
+
+def numbers(y):
+    """Return real numbers, of a complex one its parts."""
+    return torch.stack([y.real, y.imag], dim=-1).flatten() if y.is_complex() else y.flatten()
 
 
 class Operations(TorchDispatchMode):
@@ -190,6 +239,12 @@ REFUSED = {
     "half response": (lambda x: x.half(), ONES, TypeError, r"torch.float16.*call .float\(\)"),
     "integer response": (lambda x: (x, x.argmax()), ONES, TypeError, "torch.int64"),
     "string response": (lambda x: [x, "label"], ONES, TypeError, "returned str"),
+    "boolean response beside": (lambda x: {"y": x, "on": x > 0}, ONES, TypeError, "torch.bool; return only float32"),
+    "number beside": (lambda x: [x, 3.0], ONES, TypeError, "returned float; return a tensor"),
+    "sparse response": (lambda x: x.to_sparse(), ONES, TypeError, r"sparse tensor: call .to_dense\(\)"),
+    "NaN response": (lambda x: [x, x * torch.nan], ONES, ValueError, "response holds NaN or infinity"),
+    "infinite response": (lambda x: {"y": x.sum() / 0}, ONES, ValueError, "response holds NaN or infinity"),
+    "NaN imaginary part": (lambda x: torch.complex(x, x * torch.nan), ONES, ValueError, "response holds NaN"),
     "no response": (lambda x: (), ONES, ValueError, "returned no tensor"),
     "weights of another dtype": (nn.Linear(3, 2).double(), ONES, TypeError, r"float32 and the model's weight.*float64"),
     "weights elsewhere": (nn.Linear(3, 2, device="meta"), ONES, ValueError, "on cpu and the model's weight on meta"),

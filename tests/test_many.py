@@ -1,5 +1,7 @@
 """Many images at once: each gets what it would get alone, for the products of the slowest one."""
 
+from collections import OrderedDict
+
 import numpy as np
 import pytest
 import torch
@@ -318,6 +320,34 @@ def test_a_model_that_does_not_treat_images_one_by_one_is_refused(model, message
     with pytest.raises(ValueError, match=message):
         fo.eigendistortions_many(model, images, batch=3)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_a_dictionary_of_its_own_kind_is_taken_as_a_dictionary():
+    model, images = problem()
+    expected = fo.eigendistortions_many(lambda x: {"a": model(x), "b": x.sum((1, 2, 3))}, images, rng=0)
+    results = fo.eigendistortions_many(lambda x: OrderedDict(a=model(x), b=x.sum((1, 2, 3))), images, rng=0)
+    assert_same(results, expected)
+
+
+def test_a_model_may_make_sparse_tensors_on_its_way():
+    images = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+    results = fo.eigendistortions_many(lambda x: x.diag_embed().flatten(1).to_sparse().to_dense() ** 2, images, k=4)
+    for result, image in zip(results, images, strict=True):
+        np.testing.assert_allclose(result.eigenvalues, 4 * np.sort(image.numpy())[::-1] ** 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("respond", "message"),
+    [
+        (lambda x: {x}, "returned set; return a tensor"),
+        (lambda x: (x, 3.0), "returned float; return a tensor"),
+        (lambda x: (x, x > 0), "torch.bool; return only float32"),
+        (lambda x: x.flatten(1).to_sparse(), "to_dense"),
+    ],
+)
+def test_a_response_that_is_no_numbers_is_refused_as_for_one_image(respond, message):
+    with pytest.raises(TypeError, match=message):
+        fo.eigendistortions_many(respond, torch.rand(3, 1, 4, 4))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import gc
 import pickle
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -143,6 +144,24 @@ def test_networks_are_recorded_and_agree_with_autograd(name):
 def assert_adjoint(v, jv, u, jtu):
     left, right = (jv.double() @ u.double().T), (v.double() @ jtu.double().T)
     assert (left - right).norm() <= 1e-4 * left.norm()
+
+
+class Branches(nn.Module):
+    """Convolutions of one image by side, whose transposes are rewritten after their slopes were folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.paths = nn.ModuleList(nn.Conv2d(2, 4, 5, stride=2, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        return [nn.functional.gelu(path(x)) for path in self.paths]
+
+
+def test_a_constant_folded_late_does_not_take_the_name_of_one_folded_before():
+    torch.manual_seed(0)
+    at = Linearization(Branches(), torch.rand(1, 2, 16, 16), {"block": 1, "others": "cheapest"})
+    assert (at.strategy, at.reason) == ("recorded", "")
+    assert list(at.tuning.values()).count("phases") == 3
 
 
 @pytest.mark.slow
@@ -311,11 +330,158 @@ def test_a_weight_written_afterwards_is_noticed_and_refresh_heals_it(name):
     assert torch.equal(op.rows(rows), fo.JacobianOperator(model, IMAGE, tuning=op.tuning).rows(rows))
 
 
-def test_a_tensor_that_a_function_closes_over_is_watched_too():
+def live_network():
+    """Return a network whose derivative cannot be recorded."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = normalized_network()
+
+        def forward(self, x):
+            return BranchOnCotangent.apply(self.layers(x))
+
+    return Network().eval()
+
+
+class Holder:
+    """Neither a module nor a function, and holds one."""
+
+    def __init__(self, model):
+        self.parts = [model]
+
+    def __call__(self, x):
+        return self.parts[0](x)
+
+    respond = __call__
+
+
+def by_default(model):
+    def respond(x, model=model):
+        return model(x)
+
+    return respond
+
+
+def by_global_name(model):
+    scope = {"network": model}
+    exec("def respond(x):\n    return network(x)", scope)
+    return scope["respond"]
+
+
+HOLDERS = {
+    "itself": lambda model: model,
+    "closure": lambda model: lambda x: model(x),
+    "function of a function": lambda model: (lambda inner: lambda x: inner(x))(model.forward),
+    "partial": lambda model: partial(nn.Module.__call__, model),
+    "default": by_default,
+    "global": by_global_name,
+    "method": lambda model: Holder(model).respond,
+    "object": Holder,
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("strategy", ["recorded", "forward-mode"])
+def test_a_weight_is_watched_wherever_the_model_keeps_it_and_however_it_is_served(strategy, holder, name):
+    model = normalized_network() if strategy == "recorded" else live_network()
+    op = fo.JacobianOperator(HOLDERS[holder](model), IMAGE)
+    assert op.strategy == strategy
+    weight = next(value for key, value in model.state_dict().items() if key.endswith(name))
+    with torch.no_grad():
+        weight.mul_(1.5)
+    for product in (op, op.T):
+        with pytest.raises(RuntimeError, match="weights were written"):
+            product @ torch.ones(product.shape[1])
+    op.refresh()
+    with torch.no_grad():
+        change = model(IMAGE + 1e-2) - model(IMAGE - 1e-2)
+    assert (op @ torch.full((128,), 2e-2) - change.flatten()).norm() <= 0.05 * change.norm()
+
+
+def test_a_weight_is_watched_where_the_response_does_not_depend_on_the_image():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    op = fo.JacobianOperator(lambda x: model(torch.zeros_like(x)), torch.ones(3))
+    assert op.strategy == "constant"
+    with torch.no_grad():
+        model[0].bias.fill_(1.0)
+    with pytest.raises(RuntimeError, match="weights were written"):
+        op @ torch.ones(3)
+
+
+def test_a_weight_is_watched_where_another_one_was_replaced():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    op = fo.JacobianOperator(model, torch.ones(3))
+    model[0].weight = nn.Parameter(torch.eye(3))
+    op @ torch.ones(3)
+    with torch.no_grad():
+        model[1].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="weights were written"):
+        op @ torch.ones(3)
+
+
+@pytest.mark.parametrize("step", [torch.clone, BranchOnCotangent.apply])
+def test_a_tensor_that_a_function_closes_over_is_watched_too(step):
     factor = torch.linspace(1, 2, 128)
-    op = fo.JacobianOperator(lambda x: x.flatten() * factor, IMAGE)
+    op = fo.JacobianOperator(lambda x: step(x.flatten() * factor), IMAGE)
     factor.mul_(2)
     with pytest.raises(RuntimeError, match="written"):
+        op @ torch.ones(128)
+
+
+class Counter(nn.Module):
+    """A model that counts its calls and averages its responses, and is served in one of two ways."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("average", torch.zeros(128))
+        self.weight = nn.Parameter(torch.linspace(1, 2, 128))
+
+    def forward(self, x):
+        y = self.step(x.flatten() * self.weight)
+        self.calls += 1
+        self.average.lerp_(y.detach(), 1 / self.calls)
+        return y
+
+
+@pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
+@pytest.mark.parametrize("step", [torch.clone, BranchOnCotangent.apply], ids=["recorded", "forward-mode"])
+def test_what_the_model_itself_writes_is_no_weight_that_was_written(step, hold):
+    model = Counter(step).eval()
+    op = fo.JacobianOperator(hold(model), IMAGE)
+    wanted, calls = op @ torch.ones(128), model.calls.item()
+    model(3 * IMAGE)
+    assert model.calls > calls
+    assert torch.equal(op @ torch.ones(128), wanted)
+    op.T @ wanted
+    with torch.no_grad():
+        model.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="weights were written"):
+        op @ torch.ones(128)
+
+
+class FirstImage(nn.Module):
+    """A model that takes its gain from the first image that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("gain", torch.zeros(()))
+
+    def forward(self, x):
+        if not self.gain:
+            self.gain.copy_(x.norm())
+        return x / self.gain
+
+
+def test_what_only_the_first_call_writes_is_watched():
+    model = FirstImage().eval()
+    op = fo.JacobianOperator(model, IMAGE)
+    op @ torch.ones(128)
+    model.gain.mul_(2)
+    with pytest.raises(RuntimeError, match="weights were written"):
         op @ torch.ones(128)
 
 
@@ -331,12 +497,12 @@ class Workspace(nn.Module):
         return x * self.seen
 
 
-def test_a_workspace_overwritten_by_another_call_is_noticed():
+def test_a_workspace_overwritten_by_another_call_changes_no_product():
     model = Workspace()
     op = fo.JacobianOperator(model, IMAGE)
     model(3 * IMAGE)
-    with pytest.raises(RuntimeError, match="written"):
-        op @ torch.ones(128)
+    assert torch.equal(op @ torch.ones(128), IMAGE.flatten())
+    assert torch.equal(op.T @ torch.ones(128), IMAGE.flatten())
 
 
 def test_memory_counts_what_the_products_hold_beside_the_weights():

@@ -199,7 +199,7 @@ class Operators(RuleBasedStateMachine):
         self.stale = not self.replaced
 
     @rule()
-    @precondition(lambda self: self.stale and self.op.strategy != "constant")
+    @precondition(lambda self: self.stale)
     def refuse_to_multiply_with_old_weights(self):
         with pytest.raises(RuntimeError, match="call refresh"):
             self.op @ np.ones(self.op.shape[1])

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ from fisherop.linearize.checks import (
 )
 from fisherop.linearize.program import Program, bound, bytes_of, code, memory_key
 from fisherop.linearize.record import RecordError, record
+from fisherop.linearize.watch import Watch
 
 __all__ = ["Linearization", "Product", "exact_arithmetic"]
 
@@ -119,11 +120,12 @@ class Linearization:
         self.reason = ""
         self.tuning: dict[str, Any] = {}
         self._lock = threading.Lock()
-        self._held: list[tuple[Tensor, int]] = []
         with buffers_kept(model):
             self.response = self.respond(self.image)
         self.shape = (self.response.numel(), self.image.numel())
+        self._watch = Watch(weight for _, weight in weights(model))
         self._jvp, self._vjp = self._products(dict(tuning) if tuning is not None else None)
+        self._watch.settle()
 
     def jvp(self, tangents: Tensor) -> Tensor:
         """Multiply rows by J: tangents of shape (b, n) to changes of the response, (b, m)."""
@@ -143,10 +145,7 @@ class Linearization:
             return self._respond(x)
 
     def _in_blocks(self, product: Product, rows: Tensor, width: int) -> Tensor:
-        if any(weight._version != version for weight, version in self._held):
-            raise RuntimeError(
-                "the model's weights were written after it was linearized: make a new operator, or call refresh()"
-            )
+        self._watch.check()
         if len(rows) == 0:
             return rows.new_zeros(0, width)
         blocks = [product(block) for block in rows.contiguous().split(self.tuning["block"])]
@@ -164,7 +163,7 @@ class Linearization:
         except (RuntimeError, NotImplementedError) as error:
             self.reason = f"not recorded: {_first_line(error)}"
         leaf = self.image.clone().requires_grad_()
-        with differentiable(), torch.enable_grad():
+        with differentiable(), torch.enable_grad(), self._watch:
             response = self._respond(leaf)
         check_same_twice(self.response, response.detach())
         if not response.requires_grad:
@@ -195,7 +194,7 @@ class Linearization:
 
     def _recorded(self, pinned: dict[str, Any] | None) -> tuple[Product, Product]:
         with differentiable():
-            recording = record(self._respond, self.image)
+            recording = record(self._respond, self.image, self._watch)
         check_same_twice(self.response, recording.response)
         if recording.jvp is None and recording.vjp is None and not recording.depends:
             self._warn_of_constant_response()
@@ -204,8 +203,12 @@ class Linearization:
                 raise RecordError("forward and reverse mode disagree on whether the response depends on the image")
             return self._constant()
         self.strategy = "recorded"
-        slopes: dict[Any, Tensor] = {}
-        programs = {"J": recording.jvp.simplified(slopes), "Jt": recording.vjp.simplified(slopes)}
+        slopes: dict[Any, tuple[Tensor, list[Tensor]]] = {}
+        programs = {"J": recording.jvp, "Jt": recording.vjp}
+        written = self._watch.written()
+        for program in programs.values():
+            program.part_from(written)
+            program.simplified(slopes)
         with torch.no_grad(), exact_arithmetic():
             for name, program in programs.items():
                 self.tuning |= variants.choose(program, name, pinned, self.device)
@@ -244,13 +247,12 @@ class Linearization:
             self.tuning |= {"layout": "channels_last", "block": block}
         return turned_blocks, turned
 
-    def _hold(self, programs: Any) -> None:
-        """Count the bytes held, and note the weights that the programs read in place."""
-        own = {memory_key(weight): weight for _, weight in weights(self.model)}
+    def _hold(self, programs: Iterable[Program]) -> None:
+        """Count the bytes held, and watch the weights that the programs read in place."""
         held = {memory_key(c): c for program in programs for c in program.constants.values()}
+        own = {memory_key(w) for w in (*self._watch.parameters(), *(w for _, w in weights(self.model)))}
         self.memory = sum(bytes_of(c) for key, c in held.items() if key not in own)
-        watched = [*own.values(), *held.values()]
-        self._held = [(tensor, tensor._version) for tensor in watched if not tensor.is_inference()]
+        self._watch.add(held.values())
 
     def _constant(self) -> tuple[Product, Product]:
         self.strategy, self.tuning = "constant", {"block": LARGEST_BLOCK}

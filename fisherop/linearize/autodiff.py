@@ -16,6 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fisherop.linearize.program import bytes_of
+
 Product = Callable[[Tensor], Tensor]
 
 
@@ -119,7 +121,7 @@ def _load_rules_of_forward_mode() -> None:
     """Let torch load its rules, in the course of which it warns of its own use of torch.jit."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+        forward_ad.make_dual(*torch.zeros(2, device="cpu"))
 
 
 def forward_mode(respond: Product, image: Tensor, m: int) -> Product:
@@ -171,5 +173,6 @@ class _Footprint(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        self.n_bytes += sum(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        self.n_bytes += sum(t.nbytes if t.layout is torch.strided else bytes_of(t) for t in tensors)
         return output

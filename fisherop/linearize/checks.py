@@ -12,11 +12,8 @@ from torch import Tensor
 
 def flat_response(output: Any, image: Tensor) -> Tensor:
     """Flatten a model's output, of whatever structure, to one real vector in the image's dtype."""
-    leaves = list(_leaves(output))
-    if not leaves:
-        raise ValueError(f"the model returned no tensor but {type(output).__name__}: return the response as a tensor")
     parts = []
-    for leaf in leaves:
+    for leaf in leaves(output):
         if leaf.device != image.device:
             raise ValueError(f"the response is on {leaf.device} and the image on {image.device}: move one to the other")
         if leaf.dtype not in (torch.float32, torch.float64, torch.complex64, torch.complex128):
@@ -34,8 +31,18 @@ def flat_response(output: Any, image: Tensor) -> Tensor:
     return response
 
 
+def leaves(output: Any) -> list[Tensor]:
+    """Return the tensors of a model's output, of whatever structure: one at least."""
+    found = list(_leaves(output))
+    if not found:
+        raise ValueError(f"the model returned no tensor but {type(output).__name__}: return the response as a tensor")
+    return found
+
+
 def _leaves(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
+        if output.layout is not torch.strided:
+            raise TypeError("the model returned a sparse tensor: call .to_dense() on it")
         yield output
     elif isinstance(output, dict):
         for part in output.values():

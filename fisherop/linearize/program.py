@@ -28,7 +28,7 @@ class Program:
     def __init__(self, graph: fx.Graph, constants: dict[str, Tensor]) -> None:
         self.graph = graph
         self.constants = constants
-        self.derivatives: dict[Any, Tensor] = {}
+        self.derivatives: dict[Any, tuple[Tensor, list[Tensor]]] = {}
 
     def peak_bytes(self) -> int:
         """Return the most memory that the values of one vector take at any time."""
@@ -40,10 +40,11 @@ class Program:
             alive -= sum(_node_bytes(used) for used in {*node.all_input_nodes} if last[used] is node)
         return max(peak, 1)
 
-    def simplified(self, derivatives: dict[Any, Tensor]) -> Program:
+    def simplified(self, derivatives: dict[Any, tuple[Tensor, list[Tensor]]]) -> Program:
         """Remove what does nothing, fold constants, and write every linear step in its plainest form.
 
-        `derivatives` collects the slopes of pointwise functions, which a program shares with its transpose.
+        `derivatives` collects the slopes of pointwise functions, which a program shares with its transpose, each with
+        the points that it was taken at: they are known by their addresses, which are theirs only while they live.
         """
         self.derivatives = derivatives
         for node in list(self.graph.nodes):
@@ -52,6 +53,11 @@ class Program:
                 rule(self, node)
         self.sweep()
         return self
+
+    def part_from(self, memory: set[int]) -> None:
+        """Copy the constants that share memory which others go on writing."""
+        shared = {name: value for name, value in self.constants.items() if memory_key(value) in memory}
+        self.constants |= {name: value.clone() for name, value in shared.items()}
 
     def sweep(self) -> None:
         """Drop dead operations and the constants that only they read."""
@@ -79,11 +85,12 @@ class Program:
         node.replace_all_uses_with(by)
 
     def attribute(self, before: fx.Node, tensor: Tensor) -> fx.Node:
-        """Add a constant before a node."""
-        name = f"folded_{len(self.constants)}"
-        self.constants[name] = tensor
+        """Add a constant before a node, under the node's own name, which the graph never gives again."""
         with self.graph.inserting_before(before):
-            return self.graph.get_attr(name)
+            node = self.graph.get_attr("folded")
+        node.target = node.name
+        self.constants[node.name] = tensor
+        return node
 
 
 def compiled(program: Program) -> Callable[[Tensor], Tensor]:
@@ -163,7 +170,10 @@ def _mul(program: Program, node: Any) -> None:
     value, factor = node.args
     if program.constant(value) is not None or not isinstance(value, fx.Node):
         value, factor = factor, value
-    scale = program.constant(factor) if isinstance(factor, fx.Node) else torch.tensor(factor, dtype=node.meta["dtype"])
+    if isinstance(factor, fx.Node):
+        scale = program.constant(factor)
+    else:
+        scale = torch.tensor(factor, dtype=node.meta["dtype"], device="cpu")
     if scale is None or not isinstance(value, fx.Node) or {scale.dtype, _dtype(program, value)} != {node.meta["dtype"]}:
         return
     if scale.numel() == 1 and scale.item() == 1 and shape_of(value) == shape_of(node):
@@ -194,13 +204,14 @@ def _dtype(program: Program, node: fx.Node) -> torch.dtype:
 def _pointwise(program: Program, node: Any) -> None:
     """Write the derivative of a pointwise function as a product with its slope, computed once."""
     variable, *rest = node.args
-    points = [program.constant(arg) for arg in rest if isinstance(arg, fx.Node)]
-    if any(point is None for point in points) or program.constant(variable) is not None:
+    found = [program.constant(arg) for arg in rest if isinstance(arg, fx.Node)]
+    points = [point for point in found if point is not None]
+    if len(points) < len(found) or program.constant(variable) is not None:
         return
     if shape_of(variable) != shape_of(node) or variable.meta["dtype"] != node.meta["dtype"]:
         return
     values = [program.constant(arg) if isinstance(arg, fx.Node) else arg for arg in rest]
-    places = [(point.data_ptr(), tuple(point.shape), point.stride()) for point in points if point is not None]
+    places = [(point.data_ptr(), tuple(point.shape), point.stride()) for point in points]
     key = (
         node.target,
         shape_of(node),
@@ -209,10 +220,10 @@ def _pointwise(program: Program, node: Any) -> None:
         str(node.kwargs),
     )
     if key not in program.derivatives:
-        like = next(point for point in points if point is not None)
-        ones = torch.ones(shape_of(node), dtype=node.meta["dtype"], device=like.device)
-        program.derivatives[key] = node.target(ones, *values, **node.kwargs)
-    program.replace(node, program.insert(node, aten.mul.Tensor, variable, program.derivatives[key]))
+        ones = torch.ones(shape_of(node), dtype=node.meta["dtype"], device=points[0].device)
+        program.derivatives[key] = node.target(ones, *values, **node.kwargs), points
+    slope, _ = program.derivatives[key]
+    program.replace(node, program.insert(node, aten.mul.Tensor, variable, slope))
 
 
 def _no_larger(first: Tensor, second: Tensor) -> bool:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fisherop.linearize.autodiff import Product, dual_level, random_like
 from fisherop.linearize.checks import adjoint
 from fisherop.linearize.program import Program, aten, compiled, memory_key
+from fisherop.linearize.watch import Watch
 
 
 class RecordError(RuntimeError):
@@ -49,16 +50,16 @@ class Recording:
     probes: dict[str, tuple[Tensor, Tensor]]
 
 
-def record(respond: Product, image: Tensor) -> Recording:
+def record(respond: Product, image: Tensor, watch: Watch) -> Recording:
     """Record J and its transpose in one pass through the model forward and one backward.
 
     J comes from forward-mode differentiation, which runs beside the primal pass; its transpose from the primal's own
     graph, so that nothing is differentiated twice. Both read the same intermediate values. Where an operation has no
-    forward mode, J is the derivative of the recorded transpose, which is linear.
+    forward mode, J is the derivative of the recorded transpose, which is linear. What the model reads is watched.
     """
     leaf = image.clone().requires_grad_()
     (tangent,) = random_like(image)
-    response, change, jvp = _forward(respond, leaf, tangent)
+    response, change, jvp = _forward(respond, leaf, tangent, watch)
     if not response.requires_grad:
         return Recording(response.detach(), None, None, False, {})
     _, cotangent = random_like(image, response)
@@ -84,11 +85,13 @@ def _backward(response: Tensor, leaf: Tensor, cotangent: Tensor) -> tuple[Progra
     return recorder.program(gradient), gradient
 
 
-def _forward(respond: Product, leaf: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor | None, Program | None]:
+def _forward(
+    respond: Product, leaf: Tensor, tangent: Tensor, watch: Watch
+) -> tuple[Tensor, Tensor | None, Program | None]:
     """Run the model; return its response, the change by forward mode, and J; no change where that has no rule."""
     enabled = torch._C._get_mkldnn_enabled()
     for fused in (enabled, False):  # oneDNN's fused LSTM has neither forward mode nor a second derivative
-        recorder = Recorder(tangent)
+        recorder = Recorder(tangent, watch)
         try:
             torch._C._set_mkldnn_enabled(fused)  # mkldnn.flags() would set TF32 too, and warn
             with torch.enable_grad(), dual_level(), recorder:
@@ -99,7 +102,7 @@ def _forward(respond: Product, leaf: Tensor, tangent: Tensor) -> tuple[Tensor, T
             pass
         finally:
             torch._C._set_mkldnn_enabled(enabled)
-    with torch.enable_grad():
+    with torch.enable_grad(), watch:
         return respond(leaf), None, None
 
 
@@ -155,10 +158,13 @@ class Recorder(TorchDispatchMode):
     ----------
     variable : Tensor
         The tangent or cotangent.
+    watch : Watch, optional
+        Told of every tensor that an operation reads.
     """
 
-    def __init__(self, variable: Tensor) -> None:
+    def __init__(self, variable: Tensor, watch: Watch | None = None) -> None:
         super().__init__()
+        self.watch = watch
         self.graph = fx.Graph()
         self._values: dict[int, _Value] = {}
         self._memory: dict[int, _Memory] = {}
@@ -184,6 +190,8 @@ class Recorder(TorchDispatchMode):
             like = func(*_mapped(lambda t: torch.empty_like(t, device="meta"), args), **kwargs)
             return self._zeros(like.shape, like.dtype, args[0].device)
         inputs = _tensors((args, kwargs))
+        if self.watch is not None:
+            self.watch.add(inputs)
         written = _written(func, args, kwargs)
         if not any(self._depends(tensor) for tensor in inputs):
             for tensor in written:

@@ -384,7 +384,7 @@ def linearity(
     ax.set(xscale="log", yscale="log")
     keys = []
     for number, i in enumerate(chosen):
-        v = torch.as_tensor(array_of(result.eigendistortions)[i], dtype=op.torch_dtype).to(op.device)
+        v = torch.as_tensor(array_of(result.eigendistortions)[i], dtype=op.torch_dtype, device=op.device)
         predicted = sizes * math.sqrt(max(float(result.eigenvalues[i]), 0.0))
         color, index = f"C{number % 10}", result.index[i]
         ax.plot(sizes, predicted, color=color, linewidth=1, label=f"predicted {index}")

@@ -63,7 +63,7 @@ class SearchSpace:
         self.rows = torch.empty(min(op.n, room), op.n, dtype=op.dtype, device=op.device)
         self.products = torch.empty_like(self.rows)
         self.images = self.rows if op.metric is None else torch.empty_like(self.rows)
-        self.h: Matrix = torch.zeros(len(self.rows), len(self.rows), dtype=torch.float64)
+        self.h: Matrix = torch.zeros(len(self.rows), len(self.rows), dtype=torch.float64, device="cpu")
 
     def extend(self, block: Tensor) -> int:
         """Add what is new in the block, multiply it, and return how many rows that gave."""
@@ -110,8 +110,8 @@ class Pairs:
         self.limit = SAFETY * request.tol
         self.lambda_max = 0.0
         self.ratio = 1.0 if space.op.metric is None else (space.op.metric.low * space.op.metric.high) ** -0.25
-        self.before: Matrix = torch.zeros(0, 0, dtype=torch.float64)
-        self.wanted: Matrix = torch.zeros(0, 0, dtype=torch.float64)
+        self.before: Matrix = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
+        self.wanted: Matrix = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
 
     @property
     def converged(self) -> bool:

@@ -70,7 +70,7 @@ def _images_of_identity(product: Kind, order: int, op: RowOperator, control: Con
     blocks = []
     for start in range(0, order, BLOCK):
         rows = torch.zeros(min(BLOCK, order - start), order, dtype=op.dtype, device=op.device)
-        rows[torch.arange(len(rows)), start + torch.arange(len(rows))] = 1
+        rows.diagonal(start).fill_(1)
         blocks.append((yield product, rows))
         control.step()
     return torch.cat(blocks)

@@ -135,7 +135,7 @@ class SearchSpace:
         self.op = op
         room = min(op.n, room)
         self.rows = torch.empty(room, op.n, dtype=op.dtype, device=op.device)
-        self.h: Matrix = torch.zeros(room, room, dtype=torch.float64)
+        self.h: Matrix = torch.zeros(room, room, dtype=torch.float64, device="cpu")
         self.done = self.size = self.near = 0
         self.scale = 0.0
 
@@ -232,7 +232,7 @@ class SearchSpace:
         lengths = [len(sizes), *map(len, parts)]
         known, *parts = torch.split(torch.cat([torch.stack(sizes), *parts]).cpu(), lengths)
         self.scale = max(self.scale, float(known[0]))
-        inside, outside = torch.zeros(self.size, 1, dtype=torch.float64), known[0]
+        inside, outside = torch.zeros(self.size, 1, dtype=torch.float64, device="cpu"), known[0]
         for first, part, size in zip(starts, parts, known[1:], strict=True):
             if outside <= self._floor():
                 break
@@ -248,7 +248,7 @@ class SearchSpace:
 
     def _split(self, block: Tensor, near: int, floor: float) -> tuple[Matrix, Tensor, Matrix]:
         """Write block = inside^T rows + outside^T fresh, fresh rows orthonormal; what is below floor is dropped."""
-        inside = torch.zeros(self.size, len(block), dtype=torch.float64)
+        inside = torch.zeros(self.size, len(block), dtype=torch.float64, device="cpu")
         fresh, outside, _ = _normalized(block, _eye(len(block)), floor)
         for first in (near, 0, 0, 0) if near else (0, 0, 0):
             rows = self.rows[first : self.size]
@@ -277,9 +277,9 @@ class Pairs:
         self.request, self.width, self.seen = request, width, seen
         self.limit = SAFETY * request.tol
         self.lambda_max = 0.0
-        self.residuals = torch.full((request.k,), math.inf, dtype=torch.float64)
-        self.values: Matrix = torch.zeros(0, dtype=torch.float64)
-        self.mix: Matrix = torch.zeros(0, 0, dtype=torch.float64)
+        self.residuals = torch.full((request.k,), math.inf, dtype=torch.float64, device="cpu")
+        self.values: Matrix = torch.zeros(0, dtype=torch.float64, device="cpu")
+        self.mix: Matrix = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
         self.current = self.mix
         self.converged = False
 
@@ -314,7 +314,7 @@ class Pairs:
         """
         old, nearest = len(self.values), self._first(len(self.values), ESTIMATED_FROM)
         since = slice(old, space.done)
-        known = torch.cat([self.mix[:, nearest], torch.zeros(space.done - old, len(nearest), dtype=torch.float64)])
+        known = torch.cat([self.mix[:, nearest], self.mix.new_zeros(space.done - old, len(nearest))])
         parts = torch.cat([known, _eye(space.done)[:, since]], dim=1)
         products = torch.cat([known * self.values[nearest], space.h[: space.done, since]], dim=1)
         products[since, : len(nearest)] = space.h[:old, since].T @ known[:old]
@@ -379,7 +379,7 @@ class Pairs:
         distances = torch.stack([abs(doubt.value - self.values[order]) for doubt in doubts]).amin(0)
         shares = (self._norms(space, self.mix[:, order]) * self.lambda_max / distances.clamp(min=TINY)) ** 2
         asked = set(self._order(self.request.largest, self.request.smallest))
-        wanted = torch.tensor([i in asked for i in order])
+        wanted = torch.tensor([i in asked for i in order], device="cpu")
         shares[wanted] = 0  # these have converged: where the values meet, what was missed is orthogonal by choice
         surest = shares.argsort(stable=True)
         shares, distances = shares[surest], distances[surest]
@@ -388,7 +388,7 @@ class Pairs:
         far = torch.cat([distances.flip(0).cummin(0).values.flip(0)[1:], distances.max()[None]]) - shifts
         far[shares.cumsum(0) > SHARE] = -math.inf
         best = max(int(far.argmax()), len(asked) - 1)
-        return sorted(torch.tensor(order)[surest[: best + 1]].tolist()), float(shifts[best])
+        return sorted(order[i] for i in surest[: best + 1].tolist()), float(shifts[best])
 
     def vectors(self, space: SearchSpace) -> Tensor:
         """Return the wanted vectors, descending."""
@@ -411,7 +411,7 @@ class Pairs:
 
 
 def _eye(size: int) -> Matrix:
-    return torch.eye(size, dtype=torch.float64)
+    return torch.eye(size, dtype=torch.float64, device="cpu")
 
 
 def _normalized(block: Tensor, mix: Matrix, floor: float) -> tuple[Tensor, Matrix, float]:

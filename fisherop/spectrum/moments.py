@@ -361,7 +361,7 @@ def images_of_identity(op: RowOperator) -> list[Tensor]:
     blocks = []
     for start in range(0, order, BLOCK):
         rows = torch.zeros(min(BLOCK, order - start), order, dtype=op.dtype, device=op.device)
-        rows[torch.arange(len(rows)), start + torch.arange(len(rows))] = 1
+        rows.diagonal(start).fill_(1)
         blocks.append(product(rows))
     return blocks
 

@@ -156,7 +156,7 @@ def _angles(survey: Survey, done: list[Record], settings: dict[str, Any]) -> Ite
 
 
 def _rows(distortions: Any) -> Tensor:
-    return torch.as_tensor(distortions).reshape(len(distortions), -1).double()
+    return torch.as_tensor(distortions, device="cpu").reshape(len(distortions), -1).double()
 
 
 def _largest_angles(spaces: list[Tensor]) -> NDArray[np.float64]:

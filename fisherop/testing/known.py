@@ -124,11 +124,11 @@ def _gain(y: Tensor) -> Tensor:
 
 def _gain_slopes(y: Tensor) -> Tensor:
     size = 1 + (y**2).mean()
-    return torch.eye(len(y)).to(y) / size - 2 * torch.outer(y, y) / len(y) / size**2
+    return torch.eye(len(y), dtype=y.dtype, device=y.device) / size - 2 * torch.outer(y, y) / len(y) / size**2
 
 
 NONLINEARITIES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "linear": (lambda y: y.clone(), lambda y: torch.eye(len(y)).to(y)),
+    "linear": (lambda y: y.clone(), lambda y: torch.eye(len(y), dtype=y.dtype, device=y.device)),
     "square": (lambda y: y**2, lambda y: torch.diag(2 * y)),
     "tanh": (torch.tanh, lambda y: torch.diag(1 - torch.tanh(y) ** 2)),
     "softplus": (torch.nn.functional.softplus, lambda y: torch.diag(torch.sigmoid(y))),
