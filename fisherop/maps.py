@@ -42,18 +42,20 @@ def row_products(matrix: Any, like: Tensor) -> tuple[Product, Product]:
         For a complex matrix.
     """
     if isinstance(matrix, (Tensor, np.ndarray)):
-        dense = _real(matrix).to(like.device, like.dtype)
+        dense = _own(matrix, like.device, like.dtype)
         return (lambda rows: rows @ dense.T), (lambda rows: rows @ dense)
     if np.dtype(matrix.dtype or np.float64).kind == "c":
         raise TypeError("a complex operator has no place here: write it as real pairs")
     return (lambda rows: _on_host(matrix, rows)), (lambda rows: _on_host(matrix.T, rows))
 
 
-def _real(matrix: Tensor | NDArray[Any]) -> Tensor:
-    tensor = torch.as_tensor(matrix).detach()
-    if tensor.is_complex():
+def _own(matrix: Tensor | NDArray[Any], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a copy: what its owner writes to a matrix later, and how it lies in memory, must not matter."""
+    if matrix.is_complex() if isinstance(matrix, Tensor) else np.iscomplexobj(matrix):
         raise TypeError("a complex matrix has no place here: write it as real pairs")
-    return tensor
+    if isinstance(matrix, Tensor):
+        return matrix.detach().to(device, dtype, copy=True)
+    return torch.from_numpy(np.array(matrix, dtype=np.float64, order="C")).to(device, dtype)
 
 
 def _on_host(matrix: Any, rows: Tensor) -> Tensor:
@@ -63,6 +65,6 @@ def _on_host(matrix: Any, rows: Tensor) -> Tensor:
 def dense_columns(matrix: Any, like: Tensor) -> Tensor:
     """Return any such matrix as a float64 tensor of shape (p, q) on the device of `like`."""
     if isinstance(matrix, (Tensor, np.ndarray)):
-        return _real(matrix).to(like.device, torch.float64)
+        return _own(matrix, like.device, torch.float64)
     identity = torch.eye(matrix.shape[1], dtype=torch.float64)
     return row_products(matrix, identity)[0](identity).T.to(like.device)

@@ -324,3 +324,30 @@ def test_a_gain_or_floor_that_is_not_positive_is_refused(settings):
 def test_a_precision_that_is_none_is_refused(settings, kind, words):
     with pytest.raises(kind, match=words):
         dense(torch.nn.Identity(), torch.ones(2), fo.noise.Custom(**settings))
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor], ids=["array", "tensor"])
+def test_a_matrix_that_is_written_to_later_leaves_the_operator_as_it_was(kind):
+    W, root = kind(np.diag([4.0, 1.0])), kind(np.diag([2.0, 1.0]))
+    F = fo.FisherOperator(torch.nn.Identity(), torch.zeros(2).double(), fo.noise.Custom(W, root=root))
+    before = F @ np.eye(2), F.factor_rows(torch.eye(2).double())
+    W *= 9
+    root *= 3
+    np.testing.assert_array_equal(F @ np.eye(2), before[0])
+    assert torch.equal(F.factor_rows(torch.eye(2).double()), before[1])
+
+
+def test_a_matrix_may_lie_in_memory_as_it_will():
+    W = np.array([[3.0, 1.0], [1.0, 2.0]])
+    expected = fo.FisherOperator(torch.nn.Identity(), torch.zeros(2).double(), fo.noise.Custom(W)) @ np.eye(2)
+    frozen = W.copy()
+    frozen.flags.writeable = False
+    for same in (
+        W[::-1, ::-1].copy()[::-1, ::-1],
+        W.astype(">f8"),
+        np.asfortranarray(W),
+        frozen,
+        W.astype(np.longdouble),
+    ):
+        F = fo.FisherOperator(torch.nn.Identity(), torch.zeros(2).double(), fo.noise.Custom(same))
+        np.testing.assert_allclose(F @ np.eye(2), expected)
