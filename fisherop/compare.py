@@ -29,7 +29,7 @@ from torch import Tensor
 from fisherop.certificate import signed
 from fisherop.eigen import eigendistortions
 from fisherop.metric import check_images
-from fisherop.operators import InformationOperator, TensorOperator
+from fisherop.operators import InformationOperator, TensorOperator, check_spaces
 from fisherop.result import ConvergenceWarning, Eigendistortions
 from fisherop.rows import RowOperator
 from fisherop.solvers import Progress
@@ -42,6 +42,8 @@ MAXITER = 300
 START_STEPS = 40
 TOP_STEPS = 30
 TINY = 1e-30
+OUTSIDE = 1e-4
+"""Part of a distortion's norm that may lie outside a restriction: more than rounding in float32 leaves there."""
 
 
 def generalized_eigendistortions(
@@ -81,7 +83,8 @@ def generalized_eigendistortions(
     Raises
     ------
     TypeError, ValueError
-        For operators at different images, of different size, precision or device, and as `eigendistortions` does.
+        For operators at different images, of different size, restriction, precision or device, and as
+        `eigendistortions` does.
 
     References
     ----------
@@ -205,7 +208,8 @@ def principal_distortions(
     Raises
     ------
     TypeError, ValueError
-        For operators at different images, of different size, precision or device, and arguments that make no sense.
+        For operators at different images, of different size, restriction, precision or device, and arguments that make
+        no sense.
 
     Warns
     -----
@@ -277,7 +281,8 @@ def discriminability(op: Any, distortion: Any) -> Any:
     Raises
     ------
     ValueError
-        Where the distortion's entries are no multiple of n, or not finite.
+        Where the distortion's entries are no multiple of n, or not finite, or it goes beyond those that the operator is
+        restricted to.
 
     Examples
     --------
@@ -420,7 +425,8 @@ def threshold_table(ops: Mapping[str, Any], results: Mapping[str, Any]) -> Thres
     Raises
     ------
     TypeError, ValueError
-        For operators that do not belong together, and sets without two distortions.
+        For operators that do not belong together, sets without two distortions, and distortions beyond those that the
+        operators are restricted to.
 
     Examples
     --------
@@ -455,6 +461,11 @@ class Lifted(TensorOperator):
     def __init__(self, op: RowOperator, shift: float) -> None:
         super().__init__((op.n, op.n), op.dtype, op.device)
         self.op, self.shift, self.image = op, shift, op.image
+
+    @property
+    def space(self) -> InformationOperator | None:
+        """That of F."""
+        return self.op.source.space if isinstance(self.op.source, TensorOperator) else None
 
     def rows(self, block: Tensor) -> Tensor:
         """Multiply every row."""
@@ -639,23 +650,24 @@ def _judged(
 
 
 def _checked(ops: Sequence[Any], names: tuple[str, ...]) -> list[RowOperator]:
-    """Return the operators as solvers see them, or say which does not fit the first."""
+    """Return the operators as solvers see them, or say which two do not fit each other."""
     rows = []
     for op, name in zip(ops, names, strict=True):
         try:
             rows.append(RowOperator(op))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
-    for op, name in zip(rows[1:], names[1:], strict=True):
-        both = f"{names[0]} and {name}"
-        if op.n != rows[0].n:
-            raise ValueError(f"{both} have {rows[0].n} and {op.n} pixels: take all models at the same image")
-        if (op.dtype, op.device) != (rows[0].dtype, rows[0].device):
+    for (one, name), (other, its_name) in itertools.combinations(zip(rows, names, strict=True), 2):
+        both = f"{name} and {its_name}"
+        if one.n != other.n:
+            raise ValueError(f"{both} have {one.n} and {other.n} pixels: take all models at the same image")
+        if (one.dtype, one.device) != (other.dtype, other.device):
             raise ValueError(
-                f"{both} are {rows[0].dtype} on {rows[0].device} and {op.dtype} on {op.device}: convert or move one"
+                f"{both} are {one.dtype} on {one.device} and {other.dtype} on {other.device}: convert or move one"
             )
-        if op.image is not None and rows[0].image is not None:
-            check_images(rows[0].image, op.image, both)
+        if one.image is not None and other.image is not None:
+            check_images(one.image, other.image, both)
+        check_spaces(one.source, other.source, both)
     return rows
 
 
@@ -672,16 +684,36 @@ def _lifted(op: Any, shift: float) -> Any:
 
 def _distortion_rows(op: RowOperator, distortion: Any) -> Tensor:
     rows = op.tensor(distortion.detach() if isinstance(distortion, Tensor) else np.asarray(distortion))
-    if isinstance(op.source, InformationOperator) and rows.numel() % op.source.image_shape.numel() == 0:
-        rows = op.source.from_image(rows)
+    if not torch.isfinite(rows).all():
+        raise ValueError("the distortion holds NaN or infinity")
+    if isinstance(op.source, InformationOperator) and _are_images(rows, op.source):
+        rows = _coordinates(op.source, rows)
     if rows.numel() == 0 or rows.numel() % op.n:
         raise ValueError(
             f"distortions of shape {tuple(rows.shape)} do not fit n = {op.n} pixels: pass one in the image's shape, or "
             "several along the first axis"
         )
-    if not torch.isfinite(rows).all():
-        raise ValueError("the distortion holds NaN or infinity")
     return rows.reshape(-1, op.n)
+
+
+def _are_images(rows: Tensor, op: InformationOperator) -> bool:
+    """Tell images, in whatever shape, from a block of coordinates that has as many entries."""
+    shape = op.image_shape[1:] if op.image_shape[:1] == (1,) else op.image_shape
+    block = rows.ndim == 2 and rows.shape[1] == op.shape[0] and rows.shape[-len(shape) :] != shape
+    return not block and rows.numel() % op.image_shape.numel() == 0
+
+
+def _coordinates(op: InformationOperator, images: Tensor) -> Tensor:
+    """Return images as vectors of the operator's space, or say that a restriction leaves out a part of them."""
+    pixels = images.reshape(-1, op.image_shape.numel())
+    rows = op.from_image(pixels)
+    lost = (pixels - op.expand(rows)).norm(dim=1)
+    if bool((lost > OUTSIDE * pixels.norm(dim=1)).any()):
+        raise ValueError(
+            "the distortion goes beyond those that the operator is restricted to: take an operator without "
+            "within=, or the part that is within, op.to_image(op.from_image(distortion))"
+        )
+    return rows
 
 
 def _squares(op: RowOperator, rows: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from scipy.sparse import issparse
 from torch import Tensor
 
-from fisherop.operators import TensorOperator
+from fisherop.operators import TensorOperator, check_spaces
 from fisherop.rows import RowOperator
 from fisherop.solvers.contract import gram, ritz_values, symmetric
 
@@ -48,7 +48,8 @@ def generalized(op: RowOperator, M: Any, *, dense: bool = False) -> RowOperator:
     Raises
     ------
     TypeError, ValueError
-        Where M is no such thing, or lies on another device, in another precision or at another image than F.
+        Where M is no such thing, or lies on another device, in another precision, at another image or in another
+        subspace than F.
     """
     root = _root(op, M)
     if root is None:
@@ -309,13 +310,14 @@ def _cholesky(matrix: Tensor) -> Root:
 
 
 def _check_same(op: RowOperator, metric: RowOperator) -> None:
-    """Refuse a metric that does not fit F: in size, place, precision or image."""
+    """Refuse a metric that does not fit F: in size, place, precision, image or restriction."""
     if metric.n != op.n:
         raise ValueError(_size_words(op, (metric.n, metric.n)))
     if isinstance(metric.source, (Tensor, TensorOperator)):
         _check_place(op, metric.dtype, metric.device)
     elif metric.dtype == torch.float32 and op.dtype == torch.float64:
         raise ValueError("M gives float32 products but the operator float64 ones: pass M in float64")
+    check_spaces(op.source, metric.source, "the operator and M")
     if op.image is not None and metric.image is not None:
         check_images(op.image, metric.image, "the operator and M")
 
