@@ -328,8 +328,7 @@ def thresholds(result: Eigendistortions, *, d_prime: float = 1.0) -> NDArray[np.
     """
     if not d_prime > 0:
         raise ValueError(f"d_prime must be positive, not {d_prime}")
-    n = math.prod(result.eigendistortions.shape[1:])
-    seen = (result.eigenvalues > 0) & (result.index < n - result.nullity)
+    seen = (result.eigenvalues > 0) & (result.index < result.n - result.nullity)
     return np.where(seen, d_prime / np.sqrt(np.where(seen, result.eigenvalues, 1.0)), np.inf)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +67,10 @@ class Eigendistortions:
     lambda_max : float
         The largest eigenvalue met; residuals are relative to it.
     image : Tensor or None
-        The image, where the operator has one; a mean over images has none.
+        A copy of the image, where the operator has one; a mean over images has none.
+    n : int
+        Size of the operator, restricted if it is. Where it was not given, it is what the indices tell, and the size of
+        a distortion where none counts from the small end.
 
     Examples
     --------
@@ -95,6 +99,15 @@ class Eigendistortions:
     nullity: int
     lambda_max: float
     image: Tensor | None = field(default=None, repr=False)
+    n: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.n:
+            last = int(np.max(self.index, initial=-1))
+            size = last + 1 if last >= len(self) else math.prod(self.eigendistortions.shape[1:])
+            object.__setattr__(self, "n", size)
+        if self.image is not None:
+            object.__setattr__(self, "image", self.image.detach().clone())
 
     def __len__(self) -> int:
         return len(self.eigenvalues)
@@ -138,7 +151,7 @@ class Eigendistortions:
         """Write what `save` does to an open file, which may be one in memory."""
         arrays: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in _ARRAYS}
         facts = {name: getattr(self, name) for name in _FACTS}
-        facts |= {"format": FORMAT, "tensor": isinstance(self.eigendistortions, Tensor)}
+        facts |= {"n": self.n, "format": FORMAT, "tensor": isinstance(self.eigendistortions, Tensor)}
         arrays["eigendistortions"] = _array(self.eigendistortions)
         if self.image is not None:
             arrays["image"] = _array(self.image)
@@ -192,7 +205,7 @@ def _read(file: IO[bytes]) -> tuple[int, dict[str, Any]]:
     image = torch.from_numpy(arrays["image"]) if "image" in arrays else None
     vectors = torch.from_numpy(found["eigendistortions"])  # which refuses what is not made of numbers
     found["eigendistortions"] = vectors if facts["tensor"] else found["eigendistortions"]
-    return format, found | {name: facts[name] for name in _FACTS} | {"image": image}
+    return format, found | {name: facts[name] for name in _FACTS} | {"image": image, "n": int(facts.get("n", 0))}
 
 
 _ARRAYS = ("eigenvalues", "index", "residuals", "converged", "eigenvalue_bounds", "clusters")

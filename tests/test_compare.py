@@ -222,6 +222,14 @@ def test_thresholds_are_infinite_in_the_null_space_only():
     assert np.isfinite(fo.thresholds(r)).tolist() == [True] * 10 + [False] * 15
 
 
+@pytest.mark.parametrize(("k", "which"), [(4, "BE"), (3, "SM")])
+def test_thresholds_are_infinite_in_the_null_space_of_a_restriction(k, which):
+    model, image = build("linear m<n")
+    r = fo.eigendistortions(fo.FisherOperator(model, image, within=list(range(16))), k, which)
+    assert (r.n, r.nullity) == (16, 6)
+    np.testing.assert_array_equal(np.isinf(fo.thresholds(r)), r.index >= 10)
+
+
 def test_a_model_sees_its_own_distortions_furthest_apart():
     _, _, (A, B) = pair()
     ops = {"one": A, "two": B}

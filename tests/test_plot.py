@@ -519,6 +519,14 @@ def test_only_ends_of_the_spectrum_are_called_so():
     assert notes == ["index 0, noticed most", "index 1", "index 106", "index 107, noticed least"]
 
 
+def test_end_of_the_spectrum_of_a_restriction_is_called_so():
+    F = fo.FisherOperator(torch.sin, torch.rand(1, 1, 6, 6), within=fo.restrict.Band(0.0, 0.3))
+    result = fo.eigendistortions(F, k=2)
+    drawn = panels(plot.eigendistortions(result))
+    assert title(drawn[f"distorted {F.shape[0] - 1}"]).startswith(f"index {F.shape[0] - 1}, noticed least\n")
+    assert legend(plot.spectrum(result))[0].endswith(f": 2 of {F.shape[0]} eigenvalues")
+
+
 def test_pair_that_did_not_converge_says_so_and_claims_nothing_else():
     result = dataclasses.replace(solved(SHAPES["grey"]), converged=np.array([True, False]))
     drawn = panels(plot.eigendistortions(result))

@@ -140,6 +140,26 @@ def test_numbers_of_numpys_are_saved_as_numbers(tmp_path):
     assert (again.nullity, again.lambda_max, again.tol) == (2, 3.0, 0.5)
 
 
+def test_a_result_knows_the_size_of_its_operator(tmp_path):
+    model, image = build("dict")
+    r = fo.eigendistortions(fo.FisherOperator(model, image, within=fo.restrict.Channel(0)), 3)
+    assert r.n == 30
+    assert fo.eigendistortions(fo.FisherOperator(model, image), 2, "LM").n == 60
+    dataclasses.replace(r, n=33).save(tmp_path / "r.npz")
+    assert fo.Eigendistortions.load(tmp_path / "r.npz").n == 33
+    written(tmp_path / "older.npz", r, drop="n")
+    assert fo.Eigendistortions.load(tmp_path / "older.npz").n == 30
+
+
+def test_what_is_written_to_the_image_of_a_result_changes_nothing_else():
+    F = fo.FisherOperator(*build("dict"))
+    before = F.image.clone()
+    r, other = fo.eigendistortions(F), fo.eigendistortions(F)
+    r.image.zero_()
+    assert torch.equal(F.image, before)
+    assert torch.equal(other.image, before)
+
+
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (3, 2), (1, 1), (1, 2, 3, 4), (2, 3, 1)])
 def test_a_result_of_any_shape_comes_back_whole(tmp_path, shape):
     result = fo.eigendistortions(fo.FisherOperator(torch.sin, torch.rand(shape)), 1)

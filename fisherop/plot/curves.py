@@ -203,7 +203,7 @@ def _draw_eigenvalues(ax: Axes, x: Floats, result: Eigendistortions, style: dict
 
 def _spectrum_words(name: str, result: Eigendistortions) -> str:
     null = f", null space of {result.nullity} or more" if result.nullity else ""
-    return f"{name}: {len(result)} of {order_of(result)} eigenvalues" + (null if result.lambda_max else ", F = 0")
+    return f"{name}: {len(result)} of {result.n} eigenvalues" + (null if result.lambda_max else ", F = 0")
 
 
 def _spectrum_keys(several: dict[str, Eigendistortions], styles: list[dict[str, Any]], low: float) -> list[Line2D]:

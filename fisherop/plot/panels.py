@@ -268,7 +268,7 @@ def array_of(x: Any) -> NDArray[np.float64]:
 def named(result: Eigendistortions, i: int) -> str:
     """Return a pair's index in the spectrum, and what is to be known of it."""
     index = int(result.index[i])
-    note = {0: ", noticed most", order_of(result) - 1: ", noticed least"}.get(index, "")
+    note = {0: ", noticed most", result.n - 1: ", noticed least"}.get(index, "")
     return f"index {index}{note if result.converged[i] else ', not converged'}"
 
 
