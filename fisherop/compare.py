@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fisherop.certificate import signed
 from fisherop.eigen import eigendistortions
+from fisherop.maps import real
 from fisherop.metric import check_images
 from fisherop.operators import InformationOperator, TensorOperator, check_spaces
 from fisherop.result import ConvergenceWarning, Eigendistortions
@@ -682,7 +683,7 @@ def _lifted(op: Any, shift: float) -> Any:
 
 
 def _distortion_rows(op: RowOperator, distortion: Any) -> Tensor:
-    rows = op.tensor(distortion.detach() if isinstance(distortion, Tensor) else np.asarray(distortion))
+    rows = op.tensor(distortion.detach() if isinstance(distortion, Tensor) else real(distortion, "the distortion"))
     if not torch.isfinite(rows).all():
         raise ValueError("the distortion holds NaN or infinity")
     if isinstance(op.source, InformationOperator) and _are_images(rows, op.source):

@@ -20,6 +20,7 @@ import torch
 from scipy.sparse import issparse
 from torch import Tensor
 
+from fisherop.maps import real
 from fisherop.operators import TensorOperator, check_spaces
 from fisherop.rows import RowOperator
 from fisherop.solvers.contract import gram, ritz_values, symmetric
@@ -264,26 +265,24 @@ def _root(op: RowOperator, M: Any) -> Root | None:
         if M.shape != (op.n, op.n):
             raise ValueError(_size_words(op, M.shape))
         if M.nnz == np.count_nonzero(M.diagonal()):
-            return _diagonal(op, torch.from_numpy(np.asarray(M.diagonal())))
+            return _diagonal(op, real(M.diagonal(), "M"))
         if op.n > DENSE_ORDER:
             return None
         M = M.toarray()
     if not isinstance(M, (Tensor, np.ndarray, numbers.Real, list, tuple)):
         return None
-    entries = M.detach() if isinstance(M, Tensor) else torch.from_numpy(np.array(M))
-    if entries.is_complex():
-        raise TypeError("M is complex: write it as real pairs")
+    entries = real(M, "M")
     if not torch.isfinite(entries).all():
         raise ValueError("M holds NaN or infinity: pass a finite metric")
     if entries.ndim and tuple(entries.shape) == (op.n, op.n) != (1, 1):
-        return _cholesky(entries.double().to(op.device))
+        return _cholesky(entries.to(op.device))
     return _diagonal(op, entries)
 
 
 def _diagonal(op: RowOperator, entries: Tensor) -> Root:
     if entries.numel() not in (1, op.n) or (entries.ndim and entries.numel() != op.n):
         raise ValueError(_size_words(op, tuple(entries.shape)))
-    entries = entries.double().to(op.device).flatten()
+    entries = entries.to(op.device).flatten()
     if entries.min() <= 0:
         raise ValueError(
             f"M is not positive definite: an entry of its diagonal is {float(entries.min()):.3g}; add a multiple of "

@@ -571,6 +571,11 @@ class FisherOperator(ModelOperator, InformationOperator):
         *,
         tuning: Mapping[str, Any] | None = None,
     ) -> None:
+        if noise is not None and (isinstance(noise, type) or not hasattr(noise, "at")):
+            raise TypeError(
+                "noise must be one of fisherop.noise, made with its arguments as in noise.Gaussian(), or anything with "
+                f"a method at(response), not {noise if isinstance(noise, type) else type(noise).__name__}"
+            )
         self.noise = Gaussian() if noise is None else noise
         self.within = within
         linearization = Linearization(model, image, tuning)

@@ -244,6 +244,28 @@ def test_a_start_outside_the_restriction_is_refused():
         fo.eigendistortions(F, v0=outside[:0])
 
 
+def test_numbers_of_any_type_choose_what_pythons_do():
+    model, image = build("dict")
+    mask = np.zeros(SHAPE[-2:], dtype=bool)
+    mask[:2] = True
+    for plain, same in [
+        (fo.restrict.Channel(1), [fo.restrict.Channel(x) for x in (np.int64(1), np.array(-1), torch.tensor(1))]),
+        (fo.restrict.Band(0.125, 0.25), [fo.restrict.Band(np.float32(0.125), torch.tensor(0.25))]),
+        (fo.restrict.Band(0.125, 0.25), [fo.restrict.Band(np.array(0.125), np.float64(0.25))]),
+        (
+            [3, 1],
+            [np.array([1, 3])[::-1], np.array([3, 1], ">i8"), [torch.tensor(3), np.uint8(1)], torch.tensor([3, 1])],
+        ),
+        (mask, [mask[::-1, ::-1].copy()[::-1, ::-1], torch.tensor(mask)]),
+        (BASIS, [BASIS[::-1].copy()[::-1], BASIS.astype(">f8"), np.asfortranarray(BASIS)]),
+    ]:
+        expected = fo.FisherOperator(model, image, within=plain) @ np.eye(fo.restrict.subspace(plain, image).size)
+        for other in same:
+            F = fo.FisherOperator(model, image, within=other)
+            assert F.shape == expected.shape
+            np.testing.assert_allclose(F @ np.eye(len(expected)), expected, atol=1e-12)
+
+
 TOGETHER = {
     "sum": lambda A, B: A + B,
     "difference of multiples": lambda A, B: 2 * A - B / 3,
@@ -396,6 +418,11 @@ DEPENDENT = np.column_stack([BASIS, BASIS[:, 0] + BASIS[:, 1]])
         ([0.5], TypeError, "whole numbers"),
         (fo.restrict.Pixels([(6, 0)]), ValueError, "outside the image"),
         (fo.restrict.Pixels([(1, 2, 3)]), ValueError, "neither places"),
+        (fo.restrict.Channel(True), TypeError, "the index of a channel must be a whole number, not True"),
+        (fo.restrict.Channel(1.0), TypeError, "must be a whole number, not 1.0"),
+        (fo.restrict.Channel, TypeError, "one of fisherop.restrict, not type"),
+        (fo.restrict.Band("a"), TypeError, "an edge of a band must be made of numbers"),
+        ([(1, 2), (3,)], TypeError, "pixels are whole numbers"),
         (fo.restrict.Channel(2), ValueError, "has 2 channels, and none of index 2"),
         (fo.restrict.Band(0.3, 0.1), ValueError, "0 <= low < high"),
         (fo.restrict.Band(0.01, 0.02), ValueError, "widen the band"),
