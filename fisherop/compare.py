@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fisherop.certificate import signed
 from fisherop.eigen import eigendistortions
-from fisherop.maps import real
+from fisherop.maps import number, real, whole
 from fisherop.metric import check_images
 from fisherop.operators import InformationOperator, TensorOperator, check_spaces
 from fisherop.result import ConvergenceWarning, Eigendistortions
@@ -99,6 +99,7 @@ def generalized_eigendistortions(
     >>> fo.generalized_eigendistortions(A, B, delta=1e-9).eigenvalues.round(3)
     array([4.   , 0.111])
     """
+    delta = number(delta, "delta")
     if not 0 < delta < 1:
         raise ValueError(f"delta is relative to the largest eigenvalue of F_B: between 0 and 1, not {delta}")
     _checked([F_A, F_B], ("F_A", "F_B"))
@@ -242,19 +243,21 @@ def principal_distortions(
     rows = _checked(ops, tuple(f"ops[{i}]" for i in range(len(ops))))
     if len(rows) < 2:
         raise ValueError("principal distortions compare two models or more: pass a sequence of Fisher matrices")
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 2 <= k <= min(len(rows), rows[0].n):
-        raise ValueError(f"k must be a whole number from 2 to the number of models, {len(rows)}, not {k!r}")
+    k, restarts, maxiter = whole(k, "k"), whole(restarts, "restarts"), whole(maxiter, "maxiter")
+    if not 2 <= k <= min(len(rows), rows[0].n):
+        raise ValueError(f"k must be a whole number from 2 to the number of models, {len(rows)}, not {k}")
     if delta is None:
         delta = DELTA if any(op.m is not None and op.m < op.n for op in rows) else 0.0
+    delta = number(delta, "delta")
     if not 0 <= delta < 1:
         raise ValueError(f"delta is relative to each model's largest eigenvalue: from 0 to 1, not {delta}")
     if restarts < 0 or maxiter < 1:
         raise ValueError(f"restarts must be 0 or more and maxiter 1 or more, not {restarts} and {maxiter}")
-    tol = (1e-5 if rows[0].dtype == torch.float64 else 1e-3) if tol is None else tol
+    tol = (1e-5 if rows[0].dtype == torch.float64 else 1e-3) if tol is None else number(tol, "tol")
     generator = np.random.default_rng(rng)
     family = Family(rows, delta)
-    starts = [_from_pairs(family, int(k), generator)]
-    starts += [orthonormal(rows[0].random_rows(int(k), generator)) for _ in range(restarts)]
+    starts = [_from_pairs(family, k, generator)]
+    starts += [orthonormal(rows[0].random_rows(k, generator)) for _ in range(restarts)]
     found = [_ascend(family, start, tol, maxiter) for start in starts]
     best = max(range(len(found)), key=lambda i: found[i][1])
     result = _judged(family, *found[best], tol, delta, [objective for _, objective in found])
@@ -315,7 +318,7 @@ def thresholds(result: Eigendistortions, *, d_prime: float = 1.0) -> NDArray[np.
     Raises
     ------
     ValueError
-        If `d_prime` is not positive.
+        If `d_prime` is not positive and finite.
 
     References
     ----------
@@ -327,8 +330,9 @@ def thresholds(result: Eigendistortions, *, d_prime: float = 1.0) -> NDArray[np.
     >>> fo.thresholds(fo.eigendistortions(np.diag([4.0, 1.0, 0.0]), k=3))
     array([0.5, 1. , inf])
     """
-    if not d_prime > 0:
-        raise ValueError(f"d_prime must be positive, not {d_prime}")
+    d_prime = number(d_prime, "d_prime")
+    if not 0 < d_prime < math.inf:
+        raise ValueError(f"d_prime must be positive and finite, not {d_prime}")
     seen = (result.eigenvalues > 0) & (result.index < result.n - result.nullity)
     return np.where(seen, d_prime / np.sqrt(np.where(seen, result.eigenvalues, 1.0)), np.inf)
 

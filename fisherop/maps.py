@@ -72,6 +72,14 @@ def real(x: Any, name: str) -> Tensor:
     return torch.from_numpy(numbers.astype(np.float64))
 
 
+def number(x: Any, name: str) -> float:
+    """Return one real number, of whatever type."""
+    found = real(x, name)
+    if found.numel() != 1:
+        raise TypeError(f"{name} must be one number, not {found.numel()}")
+    return float(found)
+
+
 def whole(x: Any, name: str) -> int:
     """Return a whole number, of whatever type: Python's, NumPy's, or the only entry of an array or a tensor."""
     try:

@@ -645,7 +645,7 @@ def check_spaces(a: Any, b: Any, names: str) -> None:
         )
     # What a Gaussian vector of coordinates means to both.
     source = torch.Generator("cpu").manual_seed(0)
-    probe = torch.randn(1, one.shape[0], generator=source, dtype=torch.float64)
+    probe = torch.randn(1, one.shape[0], generator=source, dtype=torch.float64, device="cpu")
     eps = max(torch.finfo(op.torch_dtype).eps for op in (one, other))
     expected, got = (op.expand(probe.to(op.device, op.torch_dtype)).cpu().double() for op in (one, other))
     if (got - expected).norm() > 1e3 * eps * expected.norm():

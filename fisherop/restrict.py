@@ -25,7 +25,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from fisherop.linearize import Product
-from fisherop.maps import dense_columns, is_matrix, real, row_products, whole
+from fisherop.maps import dense_columns, is_matrix, number, row_products, whole
 
 __all__ = ["Band", "Channel", "Pixels", "Restriction", "Subspace", "subspace"]
 
@@ -239,7 +239,7 @@ class Band:
 
     def at(self, image: Tensor) -> Subspace:
         """Return the subspace for images of this one's shape."""
-        low, high = (float(real(edge, "an edge of a band")) for edge in (self.low, self.high))
+        low, high = (number(edge, "an edge of a band") for edge in (self.low, self.high))
         if not 0 <= low < high:
             raise ValueError(f"a band needs 0 <= low < high in cycles per pixel, not {low} and {high}")
         space = image.shape[-2:]

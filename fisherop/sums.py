@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fisherop.maps import real
 from fisherop.operators import InformationOperator, check_spaces
 
 
@@ -205,7 +206,7 @@ def _checked(ops: Iterable[InformationOperator]) -> list[InformationOperator]:
 def _weights(weights: Any, count: int) -> list[float]:
     if weights is None:
         return [1.0] * count
-    array = np.asarray(weights.detach().cpu() if isinstance(weights, Tensor) else weights, dtype=np.float64)
+    array = real(weights, "weights").cpu().numpy()
     if array.shape != (count,):
         raise ValueError(f"weights of shape {array.shape} do not fit {count} operators: give one for each")
     if not (np.isfinite(array).all() and (array >= 0).all() and array.any()):

@@ -298,3 +298,16 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(case):
     with pytest.raises(ValueError, match=words) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, np.float32], ids=lambda kind: kind.__name__)
+def test_numbers_of_any_type_are_taken_as_pythons(kind):
+    A, B = np.diag([4.0, 1.0, 1.0]), np.diag([1.0, 1.0, 9.0])
+    expected = fo.generalized_eigendistortions(A, B, delta=0.125).eigenvalues
+    np.testing.assert_array_equal(fo.generalized_eigendistortions(A, B, delta=kind(0.125)).eigenvalues, expected)
+    expected = fo.principal_distortions([A, B], delta=0.125).sensitivities
+    np.testing.assert_array_equal(fo.principal_distortions([A, B], delta=kind(0.125)).sensitivities, expected)
+    r = fo.eigendistortions(A)
+    np.testing.assert_array_equal(fo.thresholds(r, d_prime=kind(2.0)), 2 * fo.thresholds(r))
+    for k in (np.int8(2), np.array(2), torch.tensor(2)):
+        assert len(fo.principal_distortions([A, B], k, restarts=k, maxiter=k * 10)) == 2
