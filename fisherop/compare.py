@@ -346,7 +346,8 @@ class ThresholdTable:
     models, sets : tuple of str
         Names: N models (or observers), P sets of distortions.
     most, least : ndarray of float64, shape (N, P)
-        Thresholds 1 / sqrt(d'F_i d) of a set's most (first) and least (last) noticeable unit distortion.
+        Thresholds 1 / sqrt(d'F_i d) of a set's most (first) and least (last) noticeable unit distortion; infinite where
+        d'F_i d is zero to rounding, next to the model's largest of all sets.
 
     Examples
     --------
@@ -374,15 +375,19 @@ class ThresholdTable:
             return np.log(self.least) - np.log(self.most)
 
     def __str__(self) -> str:
-        width = max(8, *(len(name) + 2 for name in self.sets))
+        # What is below 1e-12 is rounding of the logarithms; adding zero makes zero of its negative.
+        cells = [[f"{round(value, 12) + 0.0:.3g}" for value in values] for values in self.D.tolist()]
+        width = max(8, *(len(cell) + 2 for row in (self.sets, *cells) for cell in row))
         first = max(len(name) for name in self.models)
         lines = [" " * first + "".join(f"{name:>{width}}" for name in self.sets)]
-        for name, values in zip(self.models, self.D, strict=True):
-            lines.append(f"{name:<{first}}" + "".join(f"{value:>{width}.3g}" for value in values))
+        for name, row in zip(self.models, cells, strict=True):
+            lines.append(f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell in row))
         return "\n".join(lines)
 
     def plot(self, ax: Any = None) -> Any:
         """Draw D as bars, a group for every set of distortions and a colour for every model.
+
+        In place of a bar that is infinite stands ∞, and a question mark where there is none.
 
         Parameters
         ----------
@@ -402,7 +407,11 @@ class ThresholdTable:
         place = np.arange(len(self.sets))
         for i, (name, values) in enumerate(zip(self.models, self.D, strict=True)):
             offset = (i - (len(self.models) - 1) / 2) * width
-            ax.bar(place + offset, np.where(np.isfinite(values), values, np.nan), width, label=name)
+            ax.bar(place + offset, np.where(np.isfinite(values), values, 0.0), width, color=f"C{i % 10}", label=name)
+            for x, value in zip(place + offset, values.tolist(), strict=True):
+                if not math.isfinite(value):
+                    words, side = ("-∞", "top") if value < 0 else ("?" if math.isnan(value) else "∞", "bottom")
+                    ax.text(x, 0, words, ha="center", va=side, color=f"C{i % 10}")
         ax.set_xticks(place, self.sets)
         ax.axhline(0, color="0.5", linewidth=0.8)
         ax.set_xlabel("distortions of")
@@ -451,9 +460,15 @@ def threshold_table(ops: Mapping[str, Any], results: Mapping[str, Any]) -> Thres
         block = _distortion_rows(rows[0], distortions)
         if len(block) < 2:
             raise ValueError(f"results[{name!r}] holds one distortion: pass the most and the least noticeable one")
+        if not bool(block[[0, -1]].any(dim=1).all()):
+            raise ValueError(f"results[{name!r}] holds a distortion of zero, which has no threshold: leave it out")
         ends = torch.nn.functional.normalize(block[[0, -1]])
         for i, op in enumerate(rows):
             squares[i, j] = _squares(op, ends).cpu().numpy()
+    for op, values in zip(rows, squares, strict=True):
+        eps = torch.finfo(op.dtype).eps
+        # What rounding of a distortion, and of the product where there is no factor, leaves of a square that is zero.
+        values[values <= ((16 * eps) ** 2 if op.factored else 4 * eps) * values.max()] = 0.0
     with np.errstate(divide="ignore"):
         most, least = np.moveaxis(1 / np.sqrt(squares), 2, 0)
     return ThresholdTable(tuple(ops), tuple(results), most, least)

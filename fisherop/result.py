@@ -117,7 +117,7 @@ class Eigendistortions:
         for i, value, residual, converged in zip(
             self.index, self.eigenvalues, self.residuals, self.converged, strict=True
         ):
-            rows.append(f"{i:>8} {value:>12.5g} {residual:>10.1e}  {'yes' if converged else 'NO'}")
+            rows.append(f"{i:>8} {value + 0.0:>12.5g} {residual:>10.1e}  {'yes' if converged else 'NO'}")
         return "\n".join(rows)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -244,6 +244,47 @@ def test_a_model_sees_its_own_distortions_furthest_apart():
     np.testing.assert_allclose(table.least, np.exp(table.D) * table.most)
 
 
+@pytest.mark.parametrize("scale", [1e-100, 1.0, 1e100])
+def test_a_table_keeps_its_columns_and_digits_at_every_scale(scale):
+    F = np.diag([4.0, 1.0, 1.0]) * scale
+    sets = {
+        "tiny": np.eye(3)[[1, 2]] * [[1.0], [1 + 1e-9]],
+        "half": np.array([[1.0, 0, 0], [1e-7, 1.0, 0.0]]),
+        "": np.eye(3),
+    }
+    table = fo.threshold_table({"F": F, "much longer": F}, sets)
+    for line in str(table).splitlines()[1:]:
+        assert line.split()[-3:] == ["0", "0.693", "0.693"]
+    np.testing.assert_allclose(table.most[0], 1 / np.sqrt(scale * np.array([1.0, 4.0, 4.0])))
+
+
+def test_a_table_prints_no_negative_zero_no_rounding_and_no_joined_columns():
+    most, least = np.array([[1.0, 1.0, 1.0, np.inf]]), np.array([[1 - 1e-16, 1 - 2e-16, np.exp(-1.23456e-7), np.inf]])
+    table = fo.ThresholdTable(("F",), ("a", "b", "c", "d"), most, least)
+    assert str(table).splitlines()[1].split() == ["F", "0", "0", "-1.23e-07", "nan"]
+    assert {len(line) for line in str(table).splitlines()} == {len(str(table).splitlines()[0])}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_is_not_noticed_but_for_rounding_has_an_infinite_threshold(dtype):
+    F = fo.FisherOperator(*build("linear m<n", dtype))
+    r = fo.eigendistortions(F, 25)
+    sets = {"null": r.eigendistortions[[0, -1]], "seen": r.eigendistortions[[0, 9]], "neither": r.eigendistortions[-2:]}
+    [values] = fo.threshold_table({"F": F}, sets).D
+    assert np.isposinf(values[0])
+    np.testing.assert_allclose(values[1], np.log(r.eigenvalues[0] / r.eigenvalues[9]) / 2, rtol=1e-3)
+    assert np.isnan(values[2])
+
+
+def test_bars_that_are_infinite_or_undefined_are_drawn_as_such():
+    pytest.importorskip("matplotlib").use("Agg")
+    from matplotlib.figure import Figure
+
+    most, least = np.array([[1.0, 1.0, np.inf, np.inf]]), np.array([[2.0, np.inf, 1.0, np.inf]])
+    ax = fo.ThresholdTable(("F",), ("a", "b", "c", "d"), most, least).plot(Figure().add_subplot())
+    assert [(round(text.get_position()[0]), text.get_text()) for text in ax.texts] == [(1, "∞"), (2, "-∞"), (3, "?")]
+
+
 def test_a_table_is_drawn_on_the_axes_given():
     pytest.importorskip("matplotlib").use("Agg")
     from matplotlib.figure import Figure
@@ -288,6 +329,10 @@ REFUSED = {
     "distortion's NaN": (lambda: fo.discriminability(np.eye(3), np.full(3, np.nan)), "holds NaN"),
     "d_prime": (lambda: fo.thresholds(fo.eigendistortions(np.eye(3)), d_prime=0), "d_prime must be positive"),
     "table, one distortion": (lambda: fo.threshold_table({"A": np.eye(3)}, {"x": np.ones(3)}), "holds one distortion"),
+    "table, zero": (
+        lambda: fo.threshold_table({"A": np.eye(3)}, {"x": np.array([[1.0, 0, 0], [0, 0, 0]])}),
+        r"results\['x'\] holds a distortion of zero",
+    ),
     "table, empty": (lambda: fo.threshold_table({}, {}), "at least one model"),
 }
 

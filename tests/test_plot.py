@@ -223,6 +223,13 @@ def test_small_fraction_is_not_rounded_to_none():
     assert ax.get_xlabel() == "< 0.01 % clipped"
 
 
+def test_large_fraction_is_not_rounded_to_all():
+    [caption] = set(map(plot.panels.percent, (0.99951, 0.9999999)))
+    assert caption == "> 99.9 %"
+    assert plot.panels.percent(1.0) == "100 %"
+    assert plot.panels.percent(0.999) == "99.9 %"
+
+
 def test_channel_is_drawn_alone():
     result = solved((1, 5, 6, 7))
     drawn = panels(plot.eigendistortions(result, channel=3, alpha=2))

@@ -303,8 +303,10 @@ def caption(ax: Axes, words: str) -> None:
 
 
 def percent(fraction: float) -> str:
-    """Return a share in per cent, and never a small one as none."""
-    return "< 0.01 %" if 0 < fraction < 1e-4 else f"{100 * fraction:.3g} %"
+    """Return a share in per cent, never a small one as none and never a large one as all."""
+    if 0 < fraction < 1e-4:
+        return "< 0.01 %"
+    return "> 99.9 %" if 0.9995 <= fraction < 1 else f"{100 * fraction:.3g} %"
 
 
 def empty_figure() -> Figure:
