@@ -28,8 +28,9 @@ from torch import Tensor
 
 from fisherop.certificate import signed
 from fisherop.eigen import eigendistortions
+from fisherop.maps import number, real, whole
 from fisherop.metric import check_images
-from fisherop.operators import InformationOperator, TensorOperator
+from fisherop.operators import InformationOperator, TensorOperator, check_spaces
 from fisherop.result import ConvergenceWarning, Eigendistortions
 from fisherop.rows import RowOperator, stream, unit
 from fisherop.solvers import Progress
@@ -42,6 +43,8 @@ MAXITER = 300
 START_STEPS = 40
 TOP_STEPS = 30
 TINY = 1e-30
+OUTSIDE = 1e-4
+"""Part of a distortion's norm that may lie outside a restriction: more than rounding in float32 leaves there."""
 
 
 def generalized_eigendistortions(
@@ -81,7 +84,8 @@ def generalized_eigendistortions(
     Raises
     ------
     TypeError, ValueError
-        For operators at different images, of different size, precision or device, and as `eigendistortions` does.
+        For operators at different images, of different size, restriction, precision or device, and as
+        `eigendistortions` does.
 
     References
     ----------
@@ -95,6 +99,7 @@ def generalized_eigendistortions(
     >>> fo.generalized_eigendistortions(A, B, delta=1e-9).eigenvalues.round(3)
     array([4.   , 0.111])
     """
+    delta = number(delta, "delta")
     if not 0 < delta < 1:
         raise ValueError(f"delta is relative to the largest eigenvalue of F_B: between 0 and 1, not {delta}")
     _checked([F_A, F_B], ("F_A", "F_B"))
@@ -205,7 +210,8 @@ def principal_distortions(
     Raises
     ------
     TypeError, ValueError
-        For operators at different images, of different size, precision or device, and arguments that make no sense.
+        For operators at different images, of different size, restriction, precision or device, and arguments that make
+        no sense.
 
     Warns
     -----
@@ -237,19 +243,21 @@ def principal_distortions(
     rows = _checked(ops, tuple(f"ops[{i}]" for i in range(len(ops))))
     if len(rows) < 2:
         raise ValueError("principal distortions compare two models or more: pass a sequence of Fisher matrices")
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 2 <= k <= min(len(rows), rows[0].n):
-        raise ValueError(f"k must be a whole number from 2 to the number of models, {len(rows)}, not {k!r}")
+    k, restarts, maxiter = whole(k, "k"), whole(restarts, "restarts"), whole(maxiter, "maxiter")
+    if not 2 <= k <= min(len(rows), rows[0].n):
+        raise ValueError(f"k must be a whole number from 2 to the number of models, {len(rows)}, not {k}")
     if delta is None:
         delta = DELTA if any(op.m is not None and op.m < op.n for op in rows) else 0.0
+    delta = number(delta, "delta")
     if not 0 <= delta < 1:
         raise ValueError(f"delta is relative to each model's largest eigenvalue: from 0 to 1, not {delta}")
     if restarts < 0 or maxiter < 1:
         raise ValueError(f"restarts must be 0 or more and maxiter 1 or more, not {restarts} and {maxiter}")
-    tol = (1e-5 if rows[0].dtype == torch.float64 else 1e-3) if tol is None else tol
+    tol = (1e-5 if rows[0].dtype == torch.float64 else 1e-3) if tol is None else number(tol, "tol")
     generator = stream(rng)
     family = Family(rows, delta)
-    starts = [_from_pairs(family, int(k), generator)]
-    starts += [orthonormal(rows[0].random_rows(int(k), generator)) for _ in range(restarts)]
+    starts = [_from_pairs(family, k, generator)]
+    starts += [orthonormal(rows[0].random_rows(k, generator)) for _ in range(restarts)]
     found = [_ascend(family, start, tol, maxiter) for start in starts]
     best = max(range(len(found)), key=lambda i: found[i][1])
     result = _judged(family, *found[best], tol, delta, [objective for _, objective in found])
@@ -277,7 +285,8 @@ def discriminability(op: Any, distortion: Any) -> Any:
     Raises
     ------
     ValueError
-        Where the distortion's entries are no multiple of n, or not finite.
+        Where the distortion's entries are no multiple of n, or not finite, or it goes beyond those that the operator is
+        restricted to.
 
     Examples
     --------
@@ -309,7 +318,7 @@ def thresholds(result: Eigendistortions, *, d_prime: float = 1.0) -> NDArray[np.
     Raises
     ------
     ValueError
-        If `d_prime` is not positive.
+        If `d_prime` is not positive and finite.
 
     References
     ----------
@@ -321,10 +330,10 @@ def thresholds(result: Eigendistortions, *, d_prime: float = 1.0) -> NDArray[np.
     >>> fo.thresholds(fo.eigendistortions(np.diag([4.0, 1.0, 0.0]), k=3))
     array([0.5, 1. , inf])
     """
-    if not d_prime > 0:
-        raise ValueError(f"d_prime must be positive, not {d_prime}")
-    n = math.prod(result.eigendistortions.shape[1:])
-    seen = (result.eigenvalues > 0) & (result.index < n - result.nullity)
+    d_prime = number(d_prime, "d_prime")
+    if not 0 < d_prime < math.inf:
+        raise ValueError(f"d_prime must be positive and finite, not {d_prime}")
+    seen = (result.eigenvalues > 0) & (result.index < result.n - result.nullity)
     return np.where(seen, d_prime / np.sqrt(np.where(seen, result.eigenvalues, 1.0)), np.inf)
 
 
@@ -337,7 +346,8 @@ class ThresholdTable:
     models, sets : tuple of str
         Names: N models (or observers), P sets of distortions.
     most, least : ndarray of float64, shape (N, P)
-        Thresholds 1 / sqrt(d'F_i d) of a set's most (first) and least (last) noticeable unit distortion.
+        Thresholds 1 / sqrt(d'F_i d) of a set's most (first) and least (last) noticeable unit distortion; infinite where
+        d'F_i d is zero to rounding, next to the model's largest of all sets.
 
     Examples
     --------
@@ -365,15 +375,19 @@ class ThresholdTable:
             return np.log(self.least) - np.log(self.most)
 
     def __str__(self) -> str:
-        width = max(8, *(len(name) + 2 for name in self.sets))
+        # What is below 1e-12 is rounding of the logarithms; adding zero makes zero of its negative.
+        cells = [[f"{round(value, 12) + 0.0:.3g}" for value in values] for values in self.D.tolist()]
+        width = max(8, *(len(cell) + 2 for row in (self.sets, *cells) for cell in row))
         first = max(len(name) for name in self.models)
         lines = [" " * first + "".join(f"{name:>{width}}" for name in self.sets)]
-        for name, values in zip(self.models, self.D, strict=True):
-            lines.append(f"{name:<{first}}" + "".join(f"{value:>{width}.3g}" for value in values))
+        for name, row in zip(self.models, cells, strict=True):
+            lines.append(f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell in row))
         return "\n".join(lines)
 
     def plot(self, ax: Any = None) -> Any:
         """Draw D as bars, a group for every set of distortions and a colour for every model.
+
+        In place of a bar that is infinite stands ∞, and a question mark where there is none.
 
         Parameters
         ----------
@@ -393,7 +407,11 @@ class ThresholdTable:
         place = np.arange(len(self.sets))
         for i, (name, values) in enumerate(zip(self.models, self.D, strict=True)):
             offset = (i - (len(self.models) - 1) / 2) * width
-            ax.bar(place + offset, np.where(np.isfinite(values), values, np.nan), width, label=name)
+            ax.bar(place + offset, np.where(np.isfinite(values), values, 0.0), width, color=f"C{i % 10}", label=name)
+            for x, value in zip(place + offset, values.tolist(), strict=True):
+                if not math.isfinite(value):
+                    words, side = ("-∞", "top") if value < 0 else ("?" if math.isnan(value) else "∞", "bottom")
+                    ax.text(x, 0, words, ha="center", va=side, color=f"C{i % 10}")
         ax.set_xticks(place, self.sets)
         ax.axhline(0, color="0.5", linewidth=0.8)
         ax.set_xlabel("distortions of")
@@ -420,7 +438,8 @@ def threshold_table(ops: Mapping[str, Any], results: Mapping[str, Any]) -> Thres
     Raises
     ------
     TypeError, ValueError
-        For operators that do not belong together, and sets without two distortions.
+        For operators that do not belong together, sets without two distortions, and distortions beyond those that the
+        operators are restricted to.
 
     Examples
     --------
@@ -441,9 +460,15 @@ def threshold_table(ops: Mapping[str, Any], results: Mapping[str, Any]) -> Thres
         block = _distortion_rows(rows[0], distortions)
         if len(block) < 2:
             raise ValueError(f"results[{name!r}] holds one distortion: pass the most and the least noticeable one")
+        if not bool(block[[0, -1]].any(dim=1).all()):
+            raise ValueError(f"results[{name!r}] holds a distortion of zero, which has no threshold: leave it out")
         ends = unit(block[[0, -1]])
         for i, op in enumerate(rows):
             squares[i, j] = _squares(op, ends).cpu().numpy()
+    for op, values in zip(rows, squares, strict=True):
+        eps = torch.finfo(op.dtype).eps
+        # What rounding of a distortion, and of the product where there is no factor, leaves of a square that is zero.
+        values[values <= ((16 * eps) ** 2 if op.factored else 4 * eps) * values.max()] = 0.0
     with np.errstate(divide="ignore"):
         most, least = np.moveaxis(1 / np.sqrt(squares), 2, 0)
     return ThresholdTable(tuple(ops), tuple(results), most, least)
@@ -455,6 +480,11 @@ class Lifted(TensorOperator):
     def __init__(self, op: RowOperator, shift: float) -> None:
         super().__init__((op.n, op.n), op.dtype, op.device)
         self.op, self.shift, self.image = op, shift, op.image
+
+    @property
+    def space(self) -> InformationOperator | None:
+        """That of F."""
+        return self.op.source.space if isinstance(self.op.source, TensorOperator) else None
 
     def rows(self, block: Tensor) -> Tensor:
         """Multiply every row."""
@@ -639,23 +669,24 @@ def _judged(
 
 
 def _checked(ops: Sequence[Any], names: tuple[str, ...]) -> list[RowOperator]:
-    """Return the operators as solvers see them, or say which does not fit the first."""
+    """Return the operators as solvers see them, or say which two do not fit each other."""
     rows = []
     for op, name in zip(ops, names, strict=True):
         try:
             rows.append(RowOperator(op))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
-    for op, name in zip(rows[1:], names[1:], strict=True):
-        both = f"{names[0]} and {name}"
-        if op.n != rows[0].n:
-            raise ValueError(f"{both} have {rows[0].n} and {op.n} pixels: take all models at the same image")
-        if (op.dtype, op.device) != (rows[0].dtype, rows[0].device):
+    for (one, name), (other, its_name) in itertools.combinations(zip(rows, names, strict=True), 2):
+        both = f"{name} and {its_name}"
+        if one.n != other.n:
+            raise ValueError(f"{both} have {one.n} and {other.n} pixels: take all models at the same image")
+        if (one.dtype, one.device) != (other.dtype, other.device):
             raise ValueError(
-                f"{both} are {rows[0].dtype} on {rows[0].device} and {op.dtype} on {op.device}: convert or move one"
+                f"{both} are {one.dtype} on {one.device} and {other.dtype} on {other.device}: convert or move one"
             )
-        if op.image is not None and rows[0].image is not None:
-            check_images(rows[0].image, op.image, both)
+        if one.image is not None and other.image is not None:
+            check_images(one.image, other.image, both)
+        check_spaces(one.source, other.source, both)
     return rows
 
 
@@ -671,17 +702,37 @@ def _lifted(op: Any, shift: float) -> Any:
 
 
 def _distortion_rows(op: RowOperator, distortion: Any) -> Tensor:
-    rows = op.tensor(distortion.detach() if isinstance(distortion, Tensor) else np.asarray(distortion))
-    if isinstance(op.source, InformationOperator) and rows.numel() % op.source.image_shape.numel() == 0:
-        rows = op.source.from_image(rows)
+    rows = op.tensor(distortion.detach() if isinstance(distortion, Tensor) else real(distortion, "the distortion"))
+    if not torch.isfinite(rows).all():
+        raise ValueError("the distortion holds NaN or infinity")
+    if isinstance(op.source, InformationOperator) and _are_images(rows, op.source):
+        rows = _coordinates(op.source, rows)
     if rows.numel() == 0 or rows.numel() % op.n:
         raise ValueError(
             f"distortions of shape {tuple(rows.shape)} do not fit n = {op.n} pixels: pass one in the image's shape, or "
             "several along the first axis"
         )
-    if not torch.isfinite(rows).all():
-        raise ValueError("the distortion holds NaN or infinity")
     return rows.reshape(-1, op.n)
+
+
+def _are_images(rows: Tensor, op: InformationOperator) -> bool:
+    """Tell images, in whatever shape, from a block of coordinates that has as many entries."""
+    shape = op.image_shape[1:] if op.image_shape[:1] == (1,) else op.image_shape
+    block = rows.ndim == 2 and rows.shape[1] == op.shape[0] and rows.shape[-len(shape) :] != shape
+    return not block and rows.numel() % op.image_shape.numel() == 0
+
+
+def _coordinates(op: InformationOperator, images: Tensor) -> Tensor:
+    """Return images as vectors of the operator's space, or say that a restriction leaves out a part of them."""
+    pixels = images.reshape(-1, op.image_shape.numel())
+    rows = op.from_image(pixels)
+    lost = (pixels - op.expand(rows)).norm(dim=1)
+    if bool((lost > OUTSIDE * pixels.norm(dim=1)).any()):
+        raise ValueError(
+            "the distortion goes beyond those that the operator is restricted to: take an operator without "
+            "within=, or the part that is within, op.to_image(op.from_image(distortion))"
+        )
+    return rows
 
 
 def _squares(op: RowOperator, rows: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ torch.Size([1, 1, 32, 32])
 from __future__ import annotations
 
 import difflib
+import operator
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -296,10 +297,14 @@ def _flattened(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
+    sizes: Any = size if np.ndim(size) else (size, size)
+    try:
+        height, width = map(operator.index, sizes)
+    except (TypeError, ValueError):
+        raise TypeError(f"a size in pixels is a whole number, or two of them, not {size!r}") from None
     if height < 1 or width < 1:
         raise ValueError(f"a size in pixels must be at least 1, not {size}")
-    return height, width
+    return int(height), int(width)
 
 
 def _prepared(pixels: np.ndarray[Any, Any], white: int, size: int | None, grey: bool, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -42,18 +43,58 @@ def row_products(matrix: Any, like: Tensor) -> tuple[Product, Product]:
         For a complex matrix.
     """
     if isinstance(matrix, (Tensor, np.ndarray)):
-        dense = _real(matrix, like.device).to(like.dtype)
+        dense = _own(matrix, like.device, like.dtype)
         return (lambda rows: rows @ dense.T), (lambda rows: rows @ dense)
     if np.dtype(matrix.dtype or np.float64).kind == "c":
         raise TypeError("a complex operator has no place here: write it as real pairs")
     return (lambda rows: _on_host(matrix, rows)), (lambda rows: _on_host(matrix.T, rows))
 
 
-def _real(matrix: Tensor | NDArray[Any], device: torch.device) -> Tensor:
-    tensor = torch.as_tensor(matrix, device=device).detach()
-    if tensor.is_complex():
-        raise TypeError("a complex matrix has no place here: write it as real pairs")
-    return tensor
+def real(x: Any, name: str) -> Tensor:
+    """Return numbers in float64, where they lie, whatever holds them: a tensor, an array, a number or a list.
+
+    Raises
+    ------
+    TypeError
+        For what is not made of real numbers.
+    """
+    try:
+        # By way of NumPy, for torch takes Python's numbers as float32 and refuses arrays by their strides.
+        numbers = x.detach() if isinstance(x, Tensor) else np.array(x, order="C")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be made of numbers, not {type(x).__name__}") from error
+    if numbers.is_complex() if isinstance(numbers, Tensor) else numbers.dtype.kind == "c":
+        raise TypeError(f"{name} is complex: write it as real pairs")
+    if isinstance(numbers, Tensor):
+        return numbers.double()
+    if numbers.dtype.kind not in "biuf":
+        raise TypeError(f"{name} must be made of numbers, not {type(x).__name__}")
+    return torch.from_numpy(numbers.astype(np.float64))
+
+
+def number(x: Any, name: str) -> float:
+    """Return one real number, of whatever type."""
+    found = real(x, name)
+    if found.numel() != 1:
+        raise TypeError(f"{name} must be one number, not {found.numel()}")
+    return float(found)
+
+
+def whole(x: Any, name: str) -> int:
+    """Return a whole number, of whatever type: Python's, NumPy's, or the only entry of an array or a tensor."""
+    try:
+        if isinstance(x, (bool, np.bool_)):
+            raise TypeError
+        return operator.index(x)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, not {x!r}") from None
+
+
+def _own(matrix: Tensor | NDArray[Any], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a copy: what its owner writes to a matrix later, and how it lies in memory, must not matter."""
+    if isinstance(matrix, Tensor) and not matrix.is_complex():
+        return matrix.detach().to(device, dtype, copy=True)
+    return real(matrix, "a matrix").to(device, dtype)
 
 
 def _on_host(matrix: Any, rows: Tensor) -> Tensor:
@@ -63,6 +104,6 @@ def _on_host(matrix: Any, rows: Tensor) -> Tensor:
 def dense_columns(matrix: Any, like: Tensor) -> Tensor:
     """Return any such matrix as a float64 tensor of shape (p, q) on the device of `like`."""
     if isinstance(matrix, (Tensor, np.ndarray)):
-        return _real(matrix, like.device).to(torch.float64)
+        return _own(matrix, like.device, torch.float64)
     identity = torch.eye(matrix.shape[1], dtype=torch.float64, device="cpu")
     return row_products(matrix, identity)[0](identity).T.to(like.device)

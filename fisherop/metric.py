@@ -20,7 +20,8 @@ import torch
 from scipy.sparse import issparse
 from torch import Tensor
 
-from fisherop.operators import TensorOperator
+from fisherop.maps import real
+from fisherop.operators import TensorOperator, check_spaces
 from fisherop.rows import RowOperator, row_norms, stream, unit
 from fisherop.solvers.contract import gram, ritz_values, symmetric
 
@@ -48,7 +49,8 @@ def generalized(op: RowOperator, M: Any, *, dense: bool = False) -> RowOperator:
     Raises
     ------
     TypeError, ValueError
-        Where M is no such thing, or lies on another device, in another precision or at another image than F.
+        Where M is no such thing, or lies on another device, in another precision, at another image or in another
+        subspace than F.
     """
     root = _root(op, M)
     if root is None:
@@ -262,26 +264,24 @@ def _root(op: RowOperator, M: Any) -> Root | None:
         if M.shape != (op.n, op.n):
             raise ValueError(_size_words(op, M.shape))
         if M.nnz == np.count_nonzero(M.diagonal()):
-            return _diagonal(op, torch.from_numpy(np.asarray(M.diagonal())))
+            return _diagonal(op, real(M.diagonal(), "M"))
         if op.n > DENSE_ORDER:
             return None
         M = M.toarray()
     if not isinstance(M, (Tensor, np.ndarray, numbers.Real, list, tuple)):
         return None
-    entries = M.detach() if isinstance(M, Tensor) else torch.from_numpy(np.array(M))
-    if entries.is_complex():
-        raise TypeError("M is complex: write it as real pairs")
+    entries = real(M, "M")
     if not torch.isfinite(entries).all():
         raise ValueError("M holds NaN or infinity: pass a finite metric")
     if entries.ndim and tuple(entries.shape) == (op.n, op.n) != (1, 1):
-        return _cholesky(entries.double().to(op.device))
+        return _cholesky(entries.to(op.device))
     return _diagonal(op, entries)
 
 
 def _diagonal(op: RowOperator, entries: Tensor) -> Root:
     if entries.numel() not in (1, op.n) or (entries.ndim and entries.numel() != op.n):
         raise ValueError(_size_words(op, tuple(entries.shape)))
-    entries = entries.double().to(op.device).flatten()
+    entries = entries.to(op.device).flatten()
     if entries.min() <= 0:
         raise ValueError(
             f"M is not positive definite: an entry of its diagonal is {float(entries.min()):.3g}; add a multiple of "
@@ -308,13 +308,14 @@ def _cholesky(matrix: Tensor) -> Root:
 
 
 def _check_same(op: RowOperator, metric: RowOperator) -> None:
-    """Refuse a metric that does not fit F: in size, place, precision or image."""
+    """Refuse a metric that does not fit F: in size, place, precision, image or restriction."""
     if metric.n != op.n:
         raise ValueError(_size_words(op, (metric.n, metric.n)))
     if isinstance(metric.source, (Tensor, TensorOperator)):
         _check_place(op, metric.dtype, metric.device)
     elif metric.dtype == torch.float32 and op.dtype == torch.float64:
         raise ValueError("M gives float32 products but the operator float64 ones: pass M in float64")
+    check_spaces(op.source, metric.source, "the operator and M")
     if op.image is not None and metric.image is not None:
         check_images(op.image, metric.image, "the operator and M")
 

@@ -25,7 +25,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from fisherop.linearize import Product
-from fisherop.maps import dense_columns, is_matrix, row_products
+from fisherop.maps import dense_columns, is_matrix, real, row_products
 
 __all__ = ["Bernoulli", "Categorical", "Custom", "Gaussian", "Noise", "Poisson", "Precision"]
 
@@ -302,7 +302,7 @@ def _as_it_is(rows: Tensor) -> Tensor:
 
 def _diagonal(weights: Tensor, response: Tensor) -> Precision:
     """Return a diagonal precision, of one weight or of a weight for every response."""
-    scale, weights = weights.sqrt().to(response.dtype), weights.to(response.dtype)
+    weights, scale = (_in_range(x, response) for x in (weights, weights.sqrt()))
     return Products(lambda rows: rows * weights, lambda rows: rows * scale, lambda rows: rows * scale)
 
 
@@ -313,7 +313,7 @@ def _diagonal_less(scale: Tensor, basis: Tensor, less: Tensor, response: Tensor)
     """
     weights, scaled, both = scale**2, basis * scale, less * (2 - less)
     scale, basis, less, weights, scaled, both = (
-        x.to(response.dtype).contiguous() for x in (scale, basis, less, weights, scaled, both)
+        _in_range(x, response).contiguous() for x in (scale, basis, less, weights, scaled, both)
     )
 
     def product(rows: Tensor, diagonal: Tensor, right: Tensor, middle: Tensor, left: Tensor) -> Tensor:
@@ -360,6 +360,7 @@ def _cholesky(covariance: Tensor, response: Tensor) -> Precision:
             f"covariance is not positive definite (its least eigenvalue is {least:.3g}): add a small variance to its "
             "diagonal"
         )
+    _in_range(factor.diagonal() ** -2, response)
     return Cholesky(factor.to(response.dtype))
 
 
@@ -389,15 +390,21 @@ def _rootless(rows: Tensor) -> Tensor:
 
 def _numbers(x: Any, response: Tensor, name: str) -> Tensor:
     """Return finite real numbers in float64 on the response's device."""
-    try:
-        numbers = torch.as_tensor(x, device=response.device).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be made of numbers, not {type(x).__name__}") from error
-    if numbers.is_complex():
-        raise TypeError(f"{name} must be real: a complex response is taken as pairs of real numbers")
+    numbers = real(x, name).to(response.device)
     if not torch.isfinite(numbers).all():
         raise ValueError(f"{name} must be positive and finite")
-    return numbers.to(response.device, torch.float64)
+    return numbers
+
+
+def _in_range(x: Tensor, response: Tensor) -> Tensor:
+    """Bring a precision to the response's dtype, where it must not overflow."""
+    found = x.to(response.dtype)
+    if not torch.isfinite(found).all():
+        raise ValueError(
+            f"a precision of up to {float(x.abs().max()):.2g} is beyond {response.dtype}: take larger units of the "
+            "response, or a float64 image and model"
+        )
+    return found
 
 
 def _per_response(numbers: Tensor, response: Tensor, name: str, one: str) -> Tensor:

@@ -49,6 +49,11 @@ class TensorOperator(LinearOperator):  # type: ignore[misc]
         self.torch_dtype = dtype
         self.device = device
 
+    @property
+    def space(self) -> InformationOperator | None:
+        """The Fisher operator that knows which images this operator's vectors are, where that is known."""
+        return None
+
     def rows(self, block: Tensor) -> Tensor:
         """Multiply every row of a (b, n) tensor on the operator's device: returns (b, m)."""
         raise TypeError(f"{type(self).__name__} does not say how it multiplies rows")
@@ -93,6 +98,7 @@ class TensorOperator(LinearOperator):  # type: ignore[misc]
             return self._scaled(x)
         if isinstance(x, Tensor):
             return self._on_tensor(x, adjoint=False)
+        check_spaces(self, x, "the factors of this product")
         return ProductOperator(self, x) if self._is_like(x) else super().dot(_operator(_dense(x)))
 
     def __rmul__(self, x: Any) -> Any:
@@ -116,6 +122,7 @@ class TensorOperator(LinearOperator):  # type: ignore[misc]
     def __add__(self, x: Any) -> LinearOperator:
         if _is_array(x):
             _refuse_to_add(self)
+        check_spaces(self, x, "the terms of this sum")
         return SumOperator(self, x) if self._is_like(x) else super().__add__(_operator(x))
 
     def __sub__(self, x: Any) -> LinearOperator:
@@ -208,6 +215,11 @@ class Adjoint(TensorOperator):
         super().__init__((op.shape[1], op.shape[0]), op.torch_dtype, op.device)
         self.args = (op,)
 
+    @property
+    def space(self) -> InformationOperator | None:
+        """That of the operator."""
+        return self.args[0].space
+
     def rows(self, block: Tensor) -> Tensor:
         """Multiply every row by the transpose."""
         return self.args[0].adjoint_rows(block)
@@ -235,6 +247,11 @@ class SumOperator(TensorOperator):
         super().__init__(a.shape, a.torch_dtype, a.device)
         self.args = (a, b)
 
+    @property
+    def space(self) -> InformationOperator | None:
+        """That of either term."""
+        return self.args[0].space or self.args[1].space
+
     def rows(self, block: Tensor) -> Tensor:
         """Multiply every row by the sum."""
         return self.args[0].rows(block) + self.args[1].rows(block)
@@ -256,6 +273,11 @@ class ProductOperator(TensorOperator):
         super().__init__((a.shape[0], b.shape[1]), a.torch_dtype, a.device)
         self.args = (a, b)
 
+    @property
+    def space(self) -> InformationOperator | None:
+        """That of both factors."""
+        return self.args[0].space and self.args[1].space
+
     def rows(self, block: Tensor) -> Tensor:
         """Multiply every row by the product."""
         return self.args[0].rows(self.args[1].rows(block))
@@ -274,6 +296,11 @@ class ScaledOperator(TensorOperator):
     def __init__(self, op: TensorOperator, factor: float) -> None:
         super().__init__(op.shape, op.torch_dtype, op.device)
         self.args = (op, factor)
+
+    @property
+    def space(self) -> InformationOperator | None:
+        """That of the operator."""
+        return self.args[0].space
 
     def rows(self, block: Tensor) -> Tensor:
         """Multiply every row by the operator, and by the number."""
@@ -297,6 +324,11 @@ class InformationOperator(TensorOperator):
     """
 
     factor_size: int | None
+
+    @property
+    def space(self) -> InformationOperator:
+        """The operator itself."""
+        return self
 
     @property
     def image(self) -> Tensor | None:
@@ -539,6 +571,11 @@ class FisherOperator(ModelOperator, InformationOperator):
         *,
         tuning: Mapping[str, Any] | None = None,
     ) -> None:
+        if noise is not None and (isinstance(noise, type) or not hasattr(noise, "at")):
+            raise TypeError(
+                "noise must be one of fisherop.noise, made with its arguments as in noise.Gaussian(), or anything with "
+                f"a method at(response), not {noise if isinstance(noise, type) else type(noise).__name__}"
+            )
         self.noise = Gaussian() if noise is None else noise
         self.within = within
         linearization = Linearization(model, image, tuning)
@@ -591,6 +628,28 @@ class FisherOperator(ModelOperator, InformationOperator):
 def _tuned(kind: type[ModelOperator], tuning: dict[str, Any], *args: Any) -> ModelOperator:
     """Make an unpickled operator, which computes as the pickled one did."""
     return kind(*args, tuning=tuning)  # type: ignore[call-arg]
+
+
+def check_spaces(a: Any, b: Any, names: str) -> None:
+    """Refuse operators whose vectors are known to be different images: of another shape, or otherwise restricted.
+
+    Coordinates in different subspaces of one dimension fit each other in size, and mean nothing to each other.
+    """
+    one, other = (op.space if isinstance(op, TensorOperator) else None for op in (a, b))
+    if one is None or other is None or one is other or one.shape != other.shape:
+        return
+    if one.image_shape != other.image_shape:
+        raise ValueError(
+            f"{names} take images of different shape, {tuple(one.image_shape)} and {tuple(other.image_shape)}: make "
+            "both at images of one shape"
+        )
+    # What a Gaussian vector of coordinates means to both.
+    source = torch.Generator("cpu").manual_seed(0)
+    probe = torch.randn(1, one.shape[0], generator=source, dtype=torch.float64, device="cpu")
+    eps = max(torch.finfo(op.torch_dtype).eps for op in (one, other))
+    expected, got = (op.expand(probe.to(op.device, op.torch_dtype)).cpu().double() for op in (one, other))
+    if (got - expected).norm() > 1e3 * eps * expected.norm():
+        raise ValueError(f"{names} are restricted to different distortions: pass the same within= to both")
 
 
 def _dense(x: Any) -> Any:

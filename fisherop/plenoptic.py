@@ -43,6 +43,7 @@ from torch import Tensor
 
 from fisherop.eigen import eigendistortions
 from fisherop.linearize.checks import buffers_kept, checked_image
+from fisherop.maps import number, real, whole
 from fisherop.operators import FisherOperator
 from fisherop.result import Eigendistortions
 
@@ -226,7 +227,7 @@ class Eigendistortion:
             dense = FisherOperator(lambda x: jacobian @ x.flatten(), self.image)
             self._result = eigendistortions(dense, n, "LM", "exact", rng=rng)
             return
-        most = n // 2 if method == "power" else n
+        k, most = whole(k, "k"), n // 2 if method == "power" else n
         if not 1 <= k <= most:
             raise ValueError(f"{method!r} at an image of {n} values finds k = 1 to {most} eigendistortions, not {k}")
         tol = max(stop_criterion, 100 * torch.finfo(self.image.dtype).eps)
@@ -617,6 +618,7 @@ def display_eigendistortion(
     >>> display_eigendistortion(eig, -1, zoom=4).axes[0].get_title()
     'image + 5 * eigendistortion[-1]'
     """
+    eigenindex, alpha = whole(eigenindex, "eigenindex"), number(alpha, "alpha")
     distorted = eigendistortion.image + alpha * eigendistortion._distortion(eigenindex)
     distorted = distorted if process_image is None else process_image(distorted)
     title = f"image + {alpha:g} * eigendistortion[{eigenindex}]" if title is None else title
@@ -719,8 +721,10 @@ def eigendistortion_imshow_all(
     """
     from fisherop import plot
 
-    indices = [eigenindex] if isinstance(eigenindex, int) else list(eigenindex)
-    scales = [distortion_scale] * len(indices) if isinstance(distortion_scale, (int, float)) else list(distortion_scale)
+    several: Any = eigenindex if np.ndim(eigenindex) else [eigenindex]
+    indices = [whole(i, "eigenindex") for i in several]
+    given = real(distortion_scale, "scales")
+    scales = given.tolist() if given.ndim else [float(given)] * len(indices)
     if len(scales) != len(indices):
         raise ValueError(f"{len(scales)} scales for {len(indices)} values of eigenindex: give as many, or one")
     vectors = [eigendistortion._distortion(index) for index in indices]
@@ -757,6 +761,7 @@ def _grid(part: Tensor, rows: int, columns: int, zoom: float | None, head: float
     """Return axes of whole pixels for panels like this one, row by row; `head` inches are left free above."""
     from matplotlib import pyplot
 
+    zoom = None if zoom is None else number(zoom, "zoom")
     if zoom is not None and not (zoom > 0 and (zoom if zoom >= 1 else 1 / zoom) % 1 == 0):
         raise ValueError(f"zoom must be a whole number, or 1 over one, not {zoom}")
     fig = pyplot.figure(layout="none")
@@ -783,7 +788,7 @@ def _parts(image: Tensor, channel_idx: int | None, as_rgb: bool) -> list[Tensor]
         return [image]
     images = image.reshape(-1, *image.shape[-3:])
     if channel_idx is not None:
-        return list(images[:, channel_idx])
+        return list(images[:, whole(channel_idx, "channel_idx")])
     if as_rgb and images.shape[1] > 1:
         return list(images)
     return list(images.flatten(0, 1))

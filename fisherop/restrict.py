@@ -25,7 +25,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from fisherop.linearize import Product
-from fisherop.maps import dense_columns, is_matrix, row_products
+from fisherop.maps import dense_columns, is_matrix, number, row_products, whole
 
 __all__ = ["Band", "Channel", "Pixels", "Restriction", "Subspace", "subspace"]
 
@@ -110,11 +110,11 @@ def subspace(within: Any, image: Tensor) -> Subspace:
     """
     if within is None:
         return Subspace(image.numel(), _as_it_is, _as_it_is)
-    if hasattr(within, "at"):
+    if hasattr(within, "at") and not isinstance(within, type):
         found: Subspace = within.at(image)
         return found
     if isinstance(within, (Tensor, np.ndarray)) and str(within.dtype).endswith("bool"):
-        return _mask(torch.as_tensor(within, device=image.device), image)
+        return _mask(within if isinstance(within, Tensor) else torch.from_numpy(np.array(within, order="C")), image)
     if isinstance(within, (list, tuple, range)) or (isinstance(within, (Tensor, np.ndarray)) and within.ndim == 1):
         return Pixels(within).at(image)
     if is_matrix(within):
@@ -146,14 +146,15 @@ class Channel:
 
     def at(self, image: Tensor) -> Subspace:
         """Return the subspace for images of this one's shape."""
+        index = whole(self.index, "the index of a channel")
         count = image.shape[-3] if image.ndim >= 3 else 0
-        if not -count <= self.index < count:
+        if not -count <= index < count:
             raise ValueError(
-                f"an image of shape {tuple(image.shape)} has {count} channels, and none of index {self.index}: the "
+                f"an image of shape {tuple(image.shape)} has {count} channels, and none of index {index}: the "
                 "channel is the third dimension from the last"
             )
         mask = torch.zeros(image.shape, dtype=torch.bool, device="cpu")
-        mask[..., self.index, :, :] = True
+        mask[..., index, :, :] = True
         return _mask(mask, image)
 
 
@@ -178,18 +179,21 @@ class Pixels:
 
     def at(self, image: Tensor) -> Subspace:
         """Return the subspace for images of this one's shape."""
-        where = torch.as_tensor(self.where, device="cpu")
-        if where.numel() == 0:
+        try:
+            where = self.where.cpu().numpy() if isinstance(self.where, Tensor) else np.array(self.where)
+        except (TypeError, ValueError):  # lists of different lengths
+            where = np.array(None)
+        if where.size == 0:
             raise ValueError("within lists no pixel, which leaves no distortion: list one at least")
         paired = where.ndim == 2 and where.shape[1] == 2 and image.ndim >= 2
-        if where.dtype == torch.bool or where.is_floating_point() or where.is_complex():
+        if where.dtype.kind not in "iu":
             raise TypeError(f"pixels are whole numbers, or pairs of them, not {where.dtype}; a mask is boolean")
         if where.ndim != 1 and not paired:
             raise ValueError(
                 f"pixels of shape {tuple(where.shape)} are neither places in the flattened image nor (row, column)"
             )
-        sizes = torch.tensor(image.shape[-2:] if paired else [image.numel()], device="cpu")
-        where = where.long().reshape(len(where), -1)
+        sizes = np.array(image.shape[-2:] if paired else [image.numel()])
+        where = where.astype(np.int64).reshape(len(where), -1)
         if ((where < 0) | (where >= sizes)).any():
             raise ValueError(f"a pixel lies outside the image of shape {tuple(image.shape)}: count from 0")
         if len(set(map(tuple, where.tolist()))) < len(where):
@@ -235,17 +239,18 @@ class Band:
 
     def at(self, image: Tensor) -> Subspace:
         """Return the subspace for images of this one's shape."""
-        if not 0 <= self.low < self.high:
-            raise ValueError(f"a band needs 0 <= low < high in cycles per pixel, not {self.low} and {self.high}")
+        low, high = (number(edge, "an edge of a band") for edge in (self.low, self.high))
+        if not 0 <= low < high:
+            raise ValueError(f"a band needs 0 <= low < high in cycles per pixel, not {low} and {high}")
         space = image.shape[-2:]
         axes = [torch.fft.fftfreq(size, dtype=torch.float64, device="cpu").square() for size in space]
         squared = axes[0] if len(space) < 2 else axes[0][:, None] + axes[1]
         # The square root is rounded, so that waves of one frequency but for rounding stay together.
         frequency = squared.sqrt().mul(1e12).round().div(1e12)
-        inside = (frequency >= self.low) & (frequency < self.high)
+        inside = (frequency >= low) & (frequency < high)
         if not inside.any():
             raise ValueError(
-                f"no frequency of an image of {' x '.join(map(str, space))} pixels lies in [{self.low}, {self.high}) "
+                f"no frequency of an image of {' x '.join(map(str, space))} pixels lies in [{low}, {high}) "
                 "cycles per pixel: widen the band"
             )
         waves = _mask(inside, image)

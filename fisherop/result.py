@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -67,7 +67,10 @@ class Eigendistortions:
     lambda_max : float
         The largest eigenvalue met; residuals are relative to it.
     image : Tensor or None
-        The image, where the operator has one; a mean over images has none.
+        A copy of the image, where the operator has one; a mean over images has none.
+    n : int
+        Size of the operator, restricted if it is. Where it was not given, it is what the indices tell, and the size of
+        a distortion where none counts from the small end.
 
     Examples
     --------
@@ -96,6 +99,15 @@ class Eigendistortions:
     nullity: int
     lambda_max: float
     image: Tensor | None = field(default=None, repr=False)
+    n: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.n:
+            last = int(np.max(self.index, initial=-1))
+            size = last + 1 if last >= len(self) else math.prod(self.eigendistortions.shape[1:])
+            object.__setattr__(self, "n", size)
+        if self.image is not None:
+            object.__setattr__(self, "image", self.image.detach().clone())
 
     def __len__(self) -> int:
         return len(self.eigenvalues)
@@ -105,7 +117,7 @@ class Eigendistortions:
         for i, value, residual, converged in zip(
             self.index, self.eigenvalues, self.residuals, self.converged, strict=True
         ):
-            rows.append(f"{i:>8} {value:>12.5g} {residual:>10.1e}  {'yes' if converged else 'NO'}")
+            rows.append(f"{i:>8} {value + 0.0:>12.5g} {residual:>10.1e}  {'yes' if converged else 'NO'}")
         return "\n".join(rows)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -127,19 +139,25 @@ class Eigendistortions:
         """
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
-        with open(partial, "wb") as file:
-            self.write(file)
-        os.replace(partial, path)
+        try:
+            with open(partial, "wb") as file:
+                self.write(file)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
     def write(self, file: IO[bytes]) -> None:
         """Write what `save` does to an open file, which may be one in memory."""
         arrays: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in _ARRAYS}
         facts = {name: getattr(self, name) for name in _FACTS}
-        facts |= {"format": FORMAT, "tensor": isinstance(self.eigendistortions, Tensor)}
+        facts |= {"n": self.n, "format": FORMAT, "tensor": isinstance(self.eigendistortions, Tensor)}
         arrays["eigendistortions"] = _array(self.eigendistortions)
         if self.image is not None:
             arrays["image"] = _array(self.image)
-        np.savez(file, facts=np.array(json.dumps(facts)), **arrays)  # type: ignore[arg-type]
+        # Numbers of NumPy's are written as Python's.
+        words = json.dumps(facts, default=lambda number: number.item())
+        np.savez(file, facts=np.array(words), **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Eigendistortions:
@@ -156,21 +174,38 @@ class Eigendistortions:
         ------
         ValueError
             For a file that `save` did not write, or wrote in a newer format.
+        OSError
+            For a file that cannot be opened, or does not exist.
         """
-        try:
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as entries:
-                arrays = dict(entries)
-            facts = json.loads(str(arrays.pop("facts")))
-        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise ValueError(f"{path} is not a result of fisherop, or is damaged") from error
-        if facts.pop("format") > FORMAT:
+        path = Path(path)
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, and not a result of fisherop: name a file in it")
+        with open(path, "rb") as file:
+            try:
+                format, found = _read(file)
+            except Exception as error:  # there is no end to the ways in which bytes are no archive of arrays
+                raise ValueError(f"{path} is not a result of fisherop, or is damaged") from error
+        if format > FORMAT:
             raise ValueError(f"{path} was written by a newer fisherop: update this one to read it")
-        image = arrays.pop("image", None)
-        if facts.pop("tensor"):
-            arrays["eigendistortions"] = torch.from_numpy(arrays["eigendistortions"]).to(device)
-        return cls(**arrays, **facts, image=None if image is None else torch.from_numpy(image).to(device))
+        placed: dict[str, Any] = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in found.items()}
+        return cls(**placed)
+
+
+def _read(file: IO[bytes]) -> tuple[int, dict[str, Any]]:
+    """Return the format of a file and, of a format that is known, the fields of its result."""
+    with np.load(file, allow_pickle=False) as entries:
+        arrays = dict(entries)
+    facts = json.loads(str(arrays["facts"]))
+    format = int(facts["format"])
+    if format > FORMAT:
+        return format, {}
+    found = {name: arrays[name] for name in (*_ARRAYS, "eigendistortions")}
+    if {*map(len, found.values())} != {len(found["index"])}:
+        raise ValueError("its entries are of different numbers of pairs")
+    image = torch.from_numpy(arrays["image"]) if "image" in arrays else None
+    vectors = torch.from_numpy(found["eigendistortions"])  # which refuses what is not made of numbers
+    found["eigendistortions"] = vectors if facts["tensor"] else found["eigendistortions"]
+    return format, found | {name: facts[name] for name in _FACTS} | {"image": image, "n": int(facts.get("n", 0))}
 
 
 _ARRAYS = ("eigenvalues", "index", "residuals", "converged", "eigenvalue_bounds", "clusters")

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fisherop.operators import InformationOperator
+from fisherop.maps import real
+from fisherop.operators import InformationOperator, check_spaces
 
 
 def sum_fisher(
@@ -198,26 +199,14 @@ def _checked(ops: Iterable[InformationOperator]) -> list[InformationOperator]:
                     f"operators of one sum agree in {name}, and ops[{i}] has {getattr(op, name)} where the first has "
                     f"{getattr(first, name)}: make them at images of one shape, dtype, device and restriction"
                 )
-        _check_same_restriction(i, op, first)
+        check_spaces(first, op, f"ops[0] and ops[{i}]")
     return found
-
-
-def _check_same_restriction(i: int, op: InformationOperator, first: InformationOperator) -> None:
-    """Compare what a Gaussian vector of coordinates means to both."""
-    if op is first:
-        return
-    source = torch.Generator("cpu").manual_seed(0)
-    probe = torch.randn(1, op.shape[0], generator=source, dtype=torch.float64, device="cpu")
-    probe = probe.to(op.device, op.torch_dtype)
-    expected = first.expand(probe)
-    if (op.expand(probe) - expected).norm() > 1e3 * torch.finfo(probe.dtype).eps * expected.norm():
-        raise ValueError(f"ops[{i}] is restricted otherwise than the first: pass the same within= to all of them")
 
 
 def _weights(weights: Any, count: int) -> list[float]:
     if weights is None:
         return [1.0] * count
-    array = np.asarray(weights.detach().cpu() if isinstance(weights, Tensor) else weights, dtype=np.float64)
+    array = real(weights, "weights").cpu().numpy()
     if array.shape != (count,):
         raise ValueError(f"weights of shape {array.shape} do not fit {count} operators: give one for each")
     if not (np.isfinite(array).all() and (array >= 0).all() and array.any()):

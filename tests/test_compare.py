@@ -56,7 +56,8 @@ def test_models_are_compared_in_the_image_s_shape(method):
     assert result.eigendistortions.shape == (4, *image.shape[1:])
     seen = [fo.discriminability(op, result.eigendistortions) ** 2 for op in (A, B)]
     lifted = seen[1] + 1e-3 * np.linalg.eigvalsh(dense_B)[-1]
-    np.testing.assert_allclose(seen[0] / lifted, result.eigenvalues, rtol=1e-3)
+    # Of what is zero no digit is right.
+    np.testing.assert_allclose(seen[0] / lifted, result.eigenvalues, rtol=1e-3, atol=1e-20 * values[0])
 
 
 def test_a_ratio_does_not_depend_on_the_scale_of_the_second_model():
@@ -222,6 +223,14 @@ def test_thresholds_are_infinite_in_the_null_space_only():
     assert np.isfinite(fo.thresholds(r)).tolist() == [True] * 10 + [False] * 15
 
 
+@pytest.mark.parametrize(("k", "which"), [(4, "BE"), (3, "SM")])
+def test_thresholds_are_infinite_in_the_null_space_of_a_restriction(k, which):
+    model, image = build("linear m<n")
+    r = fo.eigendistortions(fo.FisherOperator(model, image, within=list(range(16))), k, which)
+    assert (r.n, r.nullity) == (16, 6)
+    np.testing.assert_array_equal(np.isinf(fo.thresholds(r)), r.index >= 10)
+
+
 def test_a_model_sees_its_own_distortions_furthest_apart():
     _, _, (A, B) = pair()
     ops = {"one": A, "two": B}
@@ -234,6 +243,47 @@ def test_a_model_sees_its_own_distortions_furthest_apart():
         assert table.D[i, i] >= table.D[i, other]
         assert str(table).splitlines()[1 + i].split()[0] == name
     np.testing.assert_allclose(table.least, np.exp(table.D) * table.most)
+
+
+@pytest.mark.parametrize("scale", [1e-100, 1.0, 1e100])
+def test_a_table_keeps_its_columns_and_digits_at_every_scale(scale):
+    F = np.diag([4.0, 1.0, 1.0]) * scale
+    sets = {
+        "tiny": np.eye(3)[[1, 2]] * [[1.0], [1 + 1e-9]],
+        "half": np.array([[1.0, 0, 0], [1e-7, 1.0, 0.0]]),
+        "": np.eye(3),
+    }
+    table = fo.threshold_table({"F": F, "much longer": F}, sets)
+    for line in str(table).splitlines()[1:]:
+        assert line.split()[-3:] == ["0", "0.693", "0.693"]
+    np.testing.assert_allclose(table.most[0], 1 / np.sqrt(scale * np.array([1.0, 4.0, 4.0])))
+
+
+def test_a_table_prints_no_negative_zero_no_rounding_and_no_joined_columns():
+    most, least = np.array([[1.0, 1.0, 1.0, np.inf]]), np.array([[1 - 1e-16, 1 - 2e-16, np.exp(-1.23456e-7), np.inf]])
+    table = fo.ThresholdTable(("F",), ("a", "b", "c", "d"), most, least)
+    assert str(table).splitlines()[1].split() == ["F", "0", "0", "-1.23e-07", "nan"]
+    assert {len(line) for line in str(table).splitlines()} == {len(str(table).splitlines()[0])}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_is_not_noticed_but_for_rounding_has_an_infinite_threshold(dtype):
+    F = fo.FisherOperator(*build("linear m<n", dtype))
+    r = fo.eigendistortions(F, 25)
+    sets = {"null": r.eigendistortions[[0, -1]], "seen": r.eigendistortions[[0, 9]], "neither": r.eigendistortions[-2:]}
+    [values] = fo.threshold_table({"F": F}, sets).D
+    assert np.isposinf(values[0])
+    np.testing.assert_allclose(values[1], np.log(r.eigenvalues[0] / r.eigenvalues[9]) / 2, rtol=1e-3)
+    assert np.isnan(values[2])
+
+
+def test_bars_that_are_infinite_or_undefined_are_drawn_as_such():
+    pytest.importorskip("matplotlib").use("Agg")
+    from matplotlib.figure import Figure
+
+    most, least = np.array([[1.0, 1.0, np.inf, np.inf]]), np.array([[2.0, np.inf, 1.0, np.inf]])
+    ax = fo.ThresholdTable(("F",), ("a", "b", "c", "d"), most, least).plot(Figure().add_subplot())
+    assert [(round(text.get_position()[0]), text.get_text()) for text in ax.texts] == [(1, "∞"), (2, "-∞"), (3, "?")]
 
 
 def test_a_table_is_drawn_on_the_axes_given():
@@ -280,6 +330,10 @@ REFUSED = {
     "distortion's NaN": (lambda: fo.discriminability(np.eye(3), np.full(3, np.nan)), "holds NaN"),
     "d_prime": (lambda: fo.thresholds(fo.eigendistortions(np.eye(3)), d_prime=0), "d_prime must be positive"),
     "table, one distortion": (lambda: fo.threshold_table({"A": np.eye(3)}, {"x": np.ones(3)}), "holds one distortion"),
+    "table, zero": (
+        lambda: fo.threshold_table({"A": np.eye(3)}, {"x": np.array([[1.0, 0, 0], [0, 0, 0]])}),
+        r"results\['x'\] holds a distortion of zero",
+    ),
     "table, empty": (lambda: fo.threshold_table({}, {}), "at least one model"),
 }
 
@@ -290,3 +344,16 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(case):
     with pytest.raises(ValueError, match=words) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, np.float32], ids=lambda kind: kind.__name__)
+def test_numbers_of_any_type_are_taken_as_pythons(kind):
+    A, B = np.diag([4.0, 1.0, 1.0]), np.diag([1.0, 1.0, 9.0])
+    expected = fo.generalized_eigendistortions(A, B, delta=0.125).eigenvalues
+    np.testing.assert_array_equal(fo.generalized_eigendistortions(A, B, delta=kind(0.125)).eigenvalues, expected)
+    expected = fo.principal_distortions([A, B], delta=0.125).sensitivities
+    np.testing.assert_array_equal(fo.principal_distortions([A, B], delta=kind(0.125)).sensitivities, expected)
+    r = fo.eigendistortions(A)
+    np.testing.assert_array_equal(fo.thresholds(r, d_prime=kind(2.0)), 2 * fo.thresholds(r))
+    for k in (np.int8(2), np.array(2), torch.tensor(2)):
+        assert len(fo.principal_distortions([A, B], k, restarts=k, maxiter=k * 10)) == 2

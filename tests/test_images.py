@@ -239,3 +239,27 @@ def test_grey_of_grey_is_itself_and_of_anything_else_refused():
     for shape in ((1, 4, 8, 8), (3, 8), (8,)):
         with pytest.raises(ValueError, match="in colour or"):
             to_grey(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "size",
+    [np.int64(6), np.uint8(6), np.array(6), torch.tensor(6), (np.int8(6), 6), np.array([6, 6]), torch.Size([6, 6])],
+)
+def test_a_size_is_a_whole_number_of_any_type(size):
+    x = color_wheel(20)
+    assert torch.equal(center_crop(x, size), center_crop(x, 6))
+    assert torch.equal(resize(x, size), resize(x, 6))
+    assert torch.equal(color_wheel(size), color_wheel(6))
+
+
+@pytest.mark.parametrize("size", [6.0, "6", (1, 2, 3), (6, 6.0), None, []])
+def test_a_size_that_is_none_is_refused(size):
+    with pytest.raises(TypeError, match="a size in pixels is a whole number, or two of them, not"):
+        center_crop(torch.zeros(1, 1, 8, 8), size)
+
+
+def test_what_is_written_to_a_photograph_is_not_in_the_next_one():
+    first = photograph("camera", dtype=torch.float64)
+    kept = first.clone()
+    first.zero_()
+    assert torch.equal(photograph("camera", dtype=torch.float64), kept)

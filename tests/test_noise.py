@@ -266,7 +266,7 @@ def test_a_covariance_as_an_operator_is_refused_for_its_inverse():
         dense(*build("fourier"), fo.noise.Gaussian(1.0, precision=np.eye(40)))
     with pytest.raises(TypeError, match="made of numbers, not str"):
         gaussian(*build("fourier"), "unit")
-    with pytest.raises(TypeError, match="covariance must be real"):
+    with pytest.raises(TypeError, match="covariance is complex"):
         gaussian(*build("fourier"), torch.ones(40) + 0j)
 
 
@@ -324,3 +324,87 @@ def test_a_gain_or_floor_that_is_not_positive_is_refused(settings):
 def test_a_precision_that_is_none_is_refused(settings, kind, words):
     with pytest.raises(kind, match=words):
         dense(torch.nn.Identity(), torch.ones(2), fo.noise.Custom(**settings))
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor], ids=["array", "tensor"])
+def test_a_matrix_that_is_written_to_later_leaves_the_operator_as_it_was(kind):
+    W, root = kind(np.diag([4.0, 1.0])), kind(np.diag([2.0, 1.0]))
+    F = fo.FisherOperator(torch.nn.Identity(), torch.zeros(2).double(), fo.noise.Custom(W, root=root))
+    before = F @ np.eye(2), F.factor_rows(torch.eye(2).double())
+    W *= 9
+    root *= 3
+    np.testing.assert_array_equal(F @ np.eye(2), before[0])
+    assert torch.equal(F.factor_rows(torch.eye(2).double()), before[1])
+
+
+def test_a_matrix_may_lie_in_memory_as_it_will():
+    W = np.array([[3.0, 1.0], [1.0, 2.0]])
+    expected = fo.FisherOperator(torch.nn.Identity(), torch.zeros(2).double(), fo.noise.Custom(W)) @ np.eye(2)
+    frozen = W.copy()
+    frozen.flags.writeable = False
+    for same in (
+        W[::-1, ::-1].copy()[::-1, ::-1],
+        W.astype(">f8"),
+        np.asfortranarray(W),
+        frozen,
+        W.astype(np.longdouble),
+    ):
+        F = fo.FisherOperator(torch.nn.Identity(), torch.zeros(2).double(), fo.noise.Custom(same))
+        np.testing.assert_allclose(F @ np.eye(2), expected)
+
+
+def test_python_numbers_are_taken_in_double_precision():
+    one = torch.zeros(1).double()
+    identity = torch.nn.Identity()
+    assert (fo.FisherOperator(identity, one, fo.noise.Gaussian(0.1)) @ np.ones(1)).item() == 1 / 0.1
+    assert (fo.FisherOperator(identity, one, fo.noise.Gaussian([0.1])) @ np.ones(1)).item() == 1 / 0.1
+    assert (fo.FisherOperator(identity, one + 1, fo.noise.Poisson(gain=0.3)) @ np.ones(1)).item() == 0.3
+    assert (fo.FisherOperator(identity, one, fo.noise.Gaussian(1e-300)) @ np.ones(1)).item() == pytest.approx(1e300)
+
+
+@pytest.mark.parametrize(
+    "variance",
+    [
+        2,
+        np.float32(2),
+        np.int64(2),
+        np.array(2.0),
+        torch.tensor(2),
+        [2, 2],
+        np.array([2, 2], ">i4"),
+        np.full(4, 2.0)[::-2],
+    ],
+    ids=repr,
+)
+def test_a_variance_is_a_number_of_any_type(variance):
+    F = fo.FisherOperator(torch.nn.Identity(), torch.zeros(2), fo.noise.Gaussian(variance))
+    assert torch.equal(F @ torch.ones(2), torch.full((2,), 0.5))
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        fo.noise.Gaussian(1e-42),
+        fo.noise.Gaussian(1e-60 * np.eye(2)),
+        fo.noise.Gaussian((np.ones((2, 1)), 1e-90)),
+        fo.noise.Poisson(gain=1e40),
+        fo.noise.Poisson(floor=1e-40),
+    ],
+    ids=repr,
+)
+def test_a_precision_beyond_the_dtype_is_refused(noise):
+    with pytest.raises(ValueError, match=r"is beyond torch.float32: take larger units of the response, or a float64"):
+        fo.FisherOperator(torch.nn.Identity(), torch.zeros(2), noise)
+    assert np.isfinite(fo.FisherOperator(torch.nn.Identity(), torch.zeros(2).double(), noise) @ np.ones(2)).all()
+
+
+@pytest.mark.parametrize("noise", [fo.noise.Gaussian, 2.0, "poisson", np.eye(2)], ids=repr)
+def test_what_is_no_noise_is_refused_by_name(noise):
+    with pytest.raises(TypeError, match=r"noise must be one of fisherop.noise, made with its arguments"):
+        fo.FisherOperator(torch.nn.Identity(), torch.zeros(2), noise)
+
+
+@pytest.mark.parametrize("given", [None, "2.0", [None, None], [[1.0], [2.0, 3.0]], object()], ids=repr)
+def test_what_is_not_made_of_numbers_is_refused(given):
+    with pytest.raises(TypeError, match="gain must be made of numbers"):
+        fo.FisherOperator(torch.nn.Identity(), torch.zeros(2), fo.noise.Poisson(gain=given))

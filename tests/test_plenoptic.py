@@ -746,3 +746,19 @@ def test_imshow_scales_values_beyond_zero_and_one_to_be_seen(plt):
     assert len(po.imshow(photograph(2, 3, 4, 4)).axes) == 6
     assert len(po.imshow(photograph(2, 3, 4, 4), channel_idx=2).axes) == 2
     assert po.imshow(photograph(4, 4), vrange=(0, 2)).axes[0].images[0].get_clim() == (0, 2)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.array, torch.tensor], ids=lambda kind: kind.__name__)
+def test_numbers_of_any_type_are_taken_as_pythons(plt, kind):
+    eig = po.Eigendistortion(torch.rand(1, 3, 8, 8), torch.nn.Conv2d(3, 4, 3).eval())
+    eig.synthesize(k=kind(2), max_iter=kind(100))
+    assert eig.eigenindex.tolist() == [0, 1, 190, 191]
+    words = ["image", "image + 2 * eigendistortion[-2]"]
+    for index in (kind(-2), [kind(-2)]):
+        fig = po.eigendistortion_imshow_all(eig, index, distortion_scale=kind(2), zoom=kind(4))
+        assert [ax.get_title() for ax in fig.axes[-2:]] == words
+        fig = po.display_eigendistortion_all(eig, index, kind(2), channel_idx=kind(1))
+        assert [ax.get_title() for ax in fig.axes[-2:]] == words
+    assert po.display_eigendistortion(eig, kind(-2), kind(2), as_rgb=True).axes[0].get_title() == words[1]
+    with pytest.raises(TypeError, match="eigenindex must be a whole number, not True"):
+        po.eigendistortion_imshow_all(eig, True)

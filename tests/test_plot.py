@@ -117,6 +117,87 @@ def test_every_pair_can_have_its_own_alpha():
     assert drawn["distorted 107"].get_xlabel().startswith("α = 40, ")
 
 
+def test_chosen_pairs_are_drawn_in_the_order_asked_for():
+    result = solved(SHAPES["grey"], k=4)
+    whole = panels(plot.eigendistortions(result, alpha=[1, 2, 3, 4]))
+    some = panels(plot.eigendistortions(result, pairs=[-1, 1], alpha=[4, 2]))
+    assert list(some) == ["image", "distorted 107", "distortion 107", "distorted 1", "distortion 1"]
+    for label in ("distorted 107", "distortion 107", "distorted 1", "distortion 1"):
+        np.testing.assert_array_equal(pixels(some[label]), pixels(whole[label]))
+        assert some[label].get_xlabel() == whole[label].get_xlabel()
+        assert title(some[label]) == title(whole[label])
+    assert list(panels(plot.eigendistortions(result, pairs=np.int64(0)))) == ["image", "distorted 0", "distortion 0"]
+    with pytest.raises(ValueError, match="pairs must be one or more of 0 to 3"):
+        plot.eigendistortions(result, pairs=4)
+
+
+NUMBERS = [np.int8, np.uint8, np.int64, np.array, torch.tensor]
+
+
+@pytest.mark.parametrize("kind", NUMBERS, ids=lambda kind: kind.__name__)
+def test_numbers_of_any_type_are_drawn_as_pythons(kind, tmp_path):
+    result = solved(SHAPES["rgb"], k=3)
+
+    def drawn(**arguments):
+        fig = plot.eigendistortions(result, **arguments)
+        fig.canvas.draw()
+        return np.asarray(fig.canvas.buffer_rgba())
+
+    for name, value in {"alpha": 2, "pairs": 1, "channel": 1, "zoom": 20}.items():
+        np.testing.assert_array_equal(drawn(**{name: kind(value)}), drawn(**{name: value}), err_msg=name)
+    expected = drawn(alpha="threshold", d_prime=2.0, vrange=(0.0, 2.0))
+    for vrange in ((kind(0), kind(2)), [0, kind(2)], np.array([0, 2]), torch.tensor([0.0, 2.0])):
+        np.testing.assert_array_equal(drawn(alpha="threshold", d_prime=kind(2), vrange=vrange), expected)
+    plot.flip(
+        result, tmp_path / "kind.png", pair=kind(1), zoom=kind(3), seconds=kind(1), channel=kind(2), alpha=kind(3)
+    )
+    plot.flip(result, tmp_path / "plain.png", pair=1, zoom=3, seconds=1, channel=2, alpha=3)
+    assert (tmp_path / "kind.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+    shown = [plot.both_signs(result, pairs=pairs) for pairs in (1, kind(1), [kind(1)])]
+    assert [list(panels(fig)) for fig in shown] == [["minus 1", "image", "plus 1"]] * 3
+
+
+@pytest.mark.parametrize(
+    "alpha", [np.array([1.0, 2.0]), torch.tensor([1.0, 2.0], requires_grad=True), (np.float32(1), torch.tensor(2))]
+)
+def test_sizes_come_in_any_sequence(alpha):
+    drawn = panels(plot.eigendistortions(solved(SHAPES["grey"]), alpha=alpha))
+    assert [ax.get_xlabel().split(",")[0] for label, ax in drawn.items() if label.startswith("distorted")] == [
+        "α = 1",
+        "α = 2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alpha": np.nan}, "alpha must be finite"),
+        ({"alpha": [1.0, np.inf]}, "alpha must be finite"),
+        ({"alpha": None}, "alpha must be made of numbers"),
+        ({"pairs": [True, False]}, "pairs must be a whole number, not True"),
+        ({"pairs": np.array([True, False])}, "pairs must be a whole number"),
+        ({"channel": True}, "channel must be a whole number"),
+        ({"zoom": 2.5}, "zoom must be a whole number, not 2.5"),
+        ({"vrange": (0, np.inf)}, "black < white, both finite"),
+        ({"vrange": (0, 1, 2)}, r"vrange must be \(black, white\)"),
+        ({"vrange": "01"}, "vrange must be made of numbers"),
+    ],
+)
+def test_what_is_no_number_is_refused_in_one_sentence(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        plot.eigendistortions(solved(SHAPES["grey"]), **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_panels_check_the_range_that_they_are_given():
+    for call in (
+        lambda ax: plot.show_image(ax, np.ones((3, 3)), vrange=(1, 0)),
+        lambda ax: plot.show_distorted(ax, np.ones((3, 3)), np.ones((3, 3)), 1.0, vrange=(0, np.nan)),
+    ):
+        with pytest.raises(ValueError, match=r"vrange must be \(black, white\)"):
+            call(Figure().add_subplot())
+
+
 def test_pixel_range_says_what_is_black_and_white():
     result = solved(SHAPES["rgb"])
     normalized = dataclasses.replace(result, image=4 * result.image - 2)
@@ -140,6 +221,13 @@ def test_small_fraction_is_not_rounded_to_none():
     image[0, 0] = 2
     plot.show_image(ax := Figure().add_subplot(), image)
     assert ax.get_xlabel() == "< 0.01 % clipped"
+
+
+def test_large_fraction_is_not_rounded_to_all():
+    [caption] = set(map(plot.panels.percent, (0.99951, 0.9999999)))
+    assert caption == "> 99.9 %"
+    assert plot.panels.percent(1.0) == "100 %"
+    assert plot.panels.percent(0.999) == "99.9 %"
 
 
 def test_channel_is_drawn_alone():
@@ -517,6 +605,14 @@ def test_only_ends_of_the_spectrum_are_called_so():
     drawn = panels(plot.eigendistortions(solved(SHAPES["grey"], k=4)))
     notes = [title(ax).split("\n")[0] for label, ax in drawn.items() if label.startswith("distorted")]
     assert notes == ["index 0, noticed most", "index 1", "index 106", "index 107, noticed least"]
+
+
+def test_end_of_the_spectrum_of_a_restriction_is_called_so():
+    F = fo.FisherOperator(torch.sin, torch.rand(1, 1, 6, 6), within=fo.restrict.Band(0.0, 0.3))
+    result = fo.eigendistortions(F, k=2)
+    drawn = panels(plot.eigendistortions(result))
+    assert title(drawn[f"distorted {F.shape[0] - 1}"]).startswith(f"index {F.shape[0] - 1}, noticed least\n")
+    assert legend(plot.spectrum(result))[0].endswith(f": 2 of {F.shape[0]} eigenvalues")
 
 
 def test_pair_that_did_not_converge_says_so_and_claims_nothing_else():

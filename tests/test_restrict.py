@@ -244,6 +244,103 @@ def test_a_start_outside_the_restriction_is_refused():
         fo.eigendistortions(F, v0=outside[:0])
 
 
+def test_numbers_of_any_type_choose_what_pythons_do():
+    model, image = build("dict")
+    mask = np.zeros(SHAPE[-2:], dtype=bool)
+    mask[:2] = True
+    for plain, same in [
+        (fo.restrict.Channel(1), [fo.restrict.Channel(x) for x in (np.int64(1), np.array(-1), torch.tensor(1))]),
+        (fo.restrict.Band(0.125, 0.25), [fo.restrict.Band(np.float32(0.125), torch.tensor(0.25))]),
+        (fo.restrict.Band(0.125, 0.25), [fo.restrict.Band(np.array(0.125), np.float64(0.25))]),
+        (
+            [3, 1],
+            [np.array([1, 3])[::-1], np.array([3, 1], ">i8"), [torch.tensor(3), np.uint8(1)], torch.tensor([3, 1])],
+        ),
+        (mask, [mask[::-1, ::-1].copy()[::-1, ::-1], torch.tensor(mask)]),
+        (BASIS, [BASIS[::-1].copy()[::-1], BASIS.astype(">f8"), np.asfortranarray(BASIS)]),
+    ]:
+        expected = fo.FisherOperator(model, image, within=plain) @ np.eye(fo.restrict.subspace(plain, image).size)
+        for other in same:
+            F = fo.FisherOperator(model, image, within=other)
+            assert F.shape == expected.shape
+            np.testing.assert_allclose(F @ np.eye(len(expected)), expected, atol=1e-12)
+
+
+TOGETHER = {
+    "sum": lambda A, B: A + B,
+    "difference of multiples": lambda A, B: 2 * A - B / 3,
+    "product": lambda A, B: A @ B,
+    "sum of sums": lambda A, B: (A + A) + (B @ B).T,
+    "sum_fisher": lambda A, B: fo.sum_fisher([A, B]),
+    "mean_fisher": lambda A, B: fo.mean_fisher([A, A, B]),
+    "metric": lambda A, B: fo.eigendistortions(A, M=B),
+    "metric, a multiple": lambda A, B: fo.eigendistortions(A, M=2 * B),
+    "generalized": fo.generalized_eigendistortions,
+    "principal": lambda A, B: fo.principal_distortions([A @ np.eye(A.shape[0]), A, B]),
+    "table": lambda A, B: fo.threshold_table({"A": A, "B": B}, {"A": fo.eigendistortions(A)}),
+}
+
+
+@pytest.mark.parametrize("way", TOGETHER)
+def test_coordinates_of_different_subspaces_are_never_taken_for_each_other(way):
+    model, image = build("dict")
+    for within, other in [
+        (fo.restrict.Channel(0), fo.restrict.Channel(1)),
+        ([3, 40, 7], [3, 40, 8]),
+        (np.eye(N), np.eye(N)[:, ::-1]),
+        (None, block(0, N, N)),
+    ]:
+        A, B = (fo.FisherOperator(model, image, within=w) for w in (within, other))
+        with pytest.raises(ValueError, match="restricted to different distortions: pass the same within=") as caught:
+            TOGETHER[way](A, B)
+        assert "\n" not in str(caught.value)
+
+
+def test_operators_of_one_subspace_go_together_however_it_was_named():
+    model, image = build("dict")
+    mask = torch.zeros(image.shape, dtype=torch.bool)
+    mask[:, 0] = True
+    A, B = (fo.FisherOperator(model, image, within=w) for w in (mask, fo.restrict.Channel(0)))
+    x = torch.ones(A.shape[0]).double()
+    torch.testing.assert_close((A + 2 * B) @ x, 3 * (A @ x))
+    torch.testing.assert_close((A @ B) @ x, (A**2) @ x)
+    np.testing.assert_allclose(fo.generalized_eigendistortions(A, A + B, delta=1e-6).eigenvalues[0], 0.5, rtol=1e-4)
+    assert fo.principal_distortions([A, B, A + B]).converged
+
+
+def test_images_of_another_shape_are_other_images_though_as_many_numbers():
+    wide = fo.FisherOperator(torch.sin, torch.rand(1, 2, 6, 5).double())
+    tall = fo.FisherOperator(torch.sin, torch.rand(1, 2, 5, 6).double())
+    for way in ("sum", "product", "metric, a multiple"):
+        with pytest.raises(ValueError, match=r"different shape, \(1, 2, 6, 5\) and \(1, 2, 5, 6\): make both"):
+            TOGETHER[way](wide, tall)
+
+
+def test_what_a_restriction_leaves_out_of_a_distortion_is_not_left_out_in_silence():
+    model, image = build("dict")
+    whole, first, second = (
+        fo.FisherOperator(model, image, within=w) for w in (None, fo.restrict.Channel(0), fo.restrict.Channel(1))
+    )
+    r = fo.eigendistortions(second)
+    np.testing.assert_allclose(fo.discriminability(second, r.eigendistortions), np.sqrt(r.eigenvalues))
+    for ask in (
+        lambda: fo.discriminability(first, r.eigendistortions),
+        lambda: fo.discriminability(first, fo.eigendistortions(whole).eigendistortions),
+        lambda: fo.threshold_table({"first": first}, {"second": r}),
+    ):
+        with pytest.raises(ValueError, match="beyond those that the operator is restricted to"):
+            ask()
+    d = torch.from_numpy(block(0, N, 1)).reshape(SHAPE)
+    within = first.to_image(first.from_image(d))
+    np.testing.assert_allclose(fo.discriminability(first, within), fo.discriminability(whole, within))
+
+
+def test_coordinates_that_are_as_many_numbers_as_an_image_are_no_image():
+    F = fo.FisherOperator(*build("dict"), within=fo.restrict.Channel(0))
+    pair = torch.eye(F.shape[0]).double()[:2]
+    np.testing.assert_allclose(fo.discriminability(F, pair), fo.discriminability(F, F.to_image(pair)))
+
+
 def test_the_null_space_is_projected_on_within_the_restriction():
     model, image = build("linear m<n")
     mask = block(0, 25, 18)
@@ -321,6 +418,11 @@ DEPENDENT = np.column_stack([BASIS, BASIS[:, 0] + BASIS[:, 1]])
         ([0.5], TypeError, "whole numbers"),
         (fo.restrict.Pixels([(6, 0)]), ValueError, "outside the image"),
         (fo.restrict.Pixels([(1, 2, 3)]), ValueError, "neither places"),
+        (fo.restrict.Channel(True), TypeError, "the index of a channel must be a whole number, not True"),
+        (fo.restrict.Channel(1.0), TypeError, "must be a whole number, not 1.0"),
+        (fo.restrict.Channel, TypeError, "one of fisherop.restrict, not type"),
+        (fo.restrict.Band("a"), TypeError, "an edge of a band must be made of numbers"),
+        ([(1, 2), (3,)], TypeError, "pixels are whole numbers"),
         (fo.restrict.Channel(2), ValueError, "has 2 channels, and none of index 2"),
         (fo.restrict.Band(0.3, 0.1), ValueError, "0 <= low < high"),
         (fo.restrict.Band(0.01, 0.02), ValueError, "widen the band"),

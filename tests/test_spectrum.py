@@ -213,7 +213,7 @@ def diagonal(network):
 
 def test_map_is_never_negative_and_its_intervals_hold_95_percent_of_the_pixels(network, diagonal):
     F = fo.FisherOperator(*network)
-    found = [fo.sensitivity_map(F, 16, rng=seed) for seed in range(10)]
+    found = [fo.sensitivity_map(F, 16, rng=seed) for seed in range(40)]
     assert all((e.value >= 0).all() for e in found)
     inside = torch.stack([(e.low <= diagonal) & (diagonal <= e.high) for e in found]).double().mean()
     assert 0.93 < inside < 0.97

@@ -150,7 +150,7 @@ def test_a_sum_over_different_images_is_refused_for_the_mean():
         (lambda F: [F, *population(1, torch.float32)], ValueError, r"agree in torch_dtype, and ops\[1\]"),
         (lambda F: [F, fo.FisherOperator(*build("fourier"))], ValueError, "agree in image_shape"),
         (lambda F: [F, *population(1, within=[0])], ValueError, "agree in shape"),
-        (lambda F: population(1, within=[0]) + population(1, within=[1]), ValueError, "restricted otherwise"),
+        (lambda F: population(1, within=[0]) + population(1, within=[1]), ValueError, "restricted to different"),
     ],
 )
 def test_operators_that_have_no_sum_are_refused(add, change, kind, words):

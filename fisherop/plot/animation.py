@@ -23,8 +23,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
+from fisherop.maps import number, whole
 from fisherop.plot.pairs import places
-from fisherop.plot.panels import Range, checked, clipped, named, numbers, panels_of
+from fisherop.plot.panels import Range, checked_range, checked_zoom, clipped, named, numbers, panels_of
 from fisherop.plot.sizes import Choice
 from fisherop.result import Eigendistortions
 
@@ -85,13 +86,13 @@ def flip(
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "flip.png"
     >>> fo.plot.flip(fo.eigendistortions(F), path, alpha="threshold", seconds=0.5, zoom=8)
     """
-    checked(vrange, zoom)
+    vrange, zoom, seconds = checked_range(vrange), checked_zoom(zoom), number(seconds, "seconds")
     suffix = Path(path).suffix.lower()
     if suffix not in (".gif", ".png"):
         raise ValueError(f"an animation is written to a file that ends in .gif or .png, not {os.fspath(path)!r}")
     if not 1 / 6 <= seconds <= 600:
         raise ValueError(f"seconds must lie between 1/6, for faster flicker is dangerous, and 600, not {seconds}")
-    [place] = places(result, pair)
+    [place] = places(result, whole(pair, "pair"))
     picture, distortions = panels_of(result, image, channel)
     if picture.ndim == 2:
         raise ValueError("a signal has no pixels to flip: draw it with both_signs")

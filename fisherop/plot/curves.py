@@ -25,6 +25,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from fisherop.maps import real
 from fisherop.operators import FisherOperator
 from fisherop.plot.pairs import places
 from fisherop.plot.panels import SMALL, array_of, empty_figure, named, numbers, order_of
@@ -203,7 +204,7 @@ def _draw_eigenvalues(ax: Axes, x: Floats, result: Eigendistortions, style: dict
 
 def _spectrum_words(name: str, result: Eigendistortions) -> str:
     null = f", null space of {result.nullity} or more" if result.nullity else ""
-    return f"{name}: {len(result)} of {order_of(result)} eigenvalues" + (null if result.lambda_max else ", F = 0")
+    return f"{name}: {len(result)} of {result.n} eigenvalues" + (null if result.lambda_max else ", F = 0")
 
 
 def _spectrum_keys(several: dict[str, Eigendistortions], styles: list[dict[str, Any]], low: float) -> list[Line2D]:
@@ -421,8 +422,8 @@ def _checked_sizes(alphas: Sequence[float] | None, op: FisherOperator) -> Floats
         signal = len(shape) < 2 or 1 in shape[-2:]
         most = 3 * norm(op.image.numel(), array_of(op.image), None if signal else (0.0, 1.0))
         return np.geomspace(most / 1000, most, 16)
-    sizes = np.unique(np.asarray(alphas, dtype=np.float64))
-    if sizes.ndim != 1 or len(sizes) == 0 or not (sizes[0] > 0 and np.isfinite(sizes).all()):
+    sizes = np.unique(real(alphas, "alphas").cpu().numpy())
+    if len(sizes) == 0 or not (sizes[0] > 0 and np.isfinite(sizes).all()):
         raise ValueError("alphas must be positive numbers")
     return sizes
 

@@ -27,7 +27,8 @@ from fisherop.plot.panels import (
     Range,
     array_of,
     caption,
-    checked,
+    checked_range,
+    checked_zoom,
     default_vrange,
     draw_image,
     empty_figure,
@@ -87,7 +88,7 @@ def sensitivity_map(
     several = dict(maps) if isinstance(maps, Mapping) else {"sensitivity": maps}
     if not several:
         raise ValueError("there is no map to draw")
-    checked(vrange, zoom)
+    vrange, zoom = checked_range(vrange), checked_zoom(zoom)
     if image is None:
         image = next(iter(several.values())).image
     if image is None:

@@ -7,18 +7,22 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from fisherop.maps import whole
 from fisherop.plot.panels import (
     SMALL,
     TITLE,
     Panel,
     Range,
     caption,
-    checked,
+    checked_range,
+    checked_zoom,
     default_vrange,
     draw_distorted,
     draw_distortion,
@@ -35,6 +39,7 @@ def eigendistortions(
     result: Eigendistortions,
     image: ArrayLike | None = None,
     *,
+    pairs: int | Sequence[int] | None = None,
     alpha: Alpha = "norm",
     d_prime: float = 1.0,
     vrange: Range | None = None,
@@ -54,7 +59,9 @@ def eigendistortions(
     image : array_like, optional
         The image, ``(H, W)``, ``(C, H, W)`` or ``(1, C, H, W)``; by default the result's own. A signal, of height or
         width 1 or with no more than one dimension longer than 1, is drawn as lines.
-    alpha : "norm", "threshold", float or k floats, optional
+    pairs : int or sequence of int, optional
+        Which of the result's pairs, by their place in it: 0 is its first, -1 its last. By default all.
+    alpha : "norm", "threshold", float or a float for each pair, optional
         What the distortions, which have unit norm, are multiplied by before they are added. "norm", the default, is
         the same number for all, so that they are compared at equal norms: a root mean square of 5 % of the pixel range.
         "threshold" is d′/√λ, where the model is predicted to notice each of them equally. Where that is more than the
@@ -77,7 +84,7 @@ def eigendistortions(
     Returns
     -------
     Figure
-        With the axes labelled "image", and "distorted i" and "distortion i" for every index i.
+        With the axes labelled "image", and "distorted i" and "distortion i" for every index i that is drawn.
 
     Raises
     ------
@@ -92,13 +99,14 @@ def eigendistortions(
     >>> fig.axes[1].get_title(loc="left").splitlines()[0]
     'index 0, noticed most'
     """
-    checked(vrange, zoom)
+    vrange, zoom = checked_range(vrange), checked_zoom(zoom)
+    chosen = places(result, pairs)
     picture, distortions = panels_of(result, image, channel)
     vrange = vrange or default_vrange(picture)
     choice = Choice(alpha, d_prime)
-    sizes = choice.sizes(result, range(len(result)), result.image if image is None else image, vrange, (1,))
-    bands = math.ceil(len(result) / _MAX_COLUMNS)
-    per_band = math.ceil(len(result) / bands)
+    sizes = choice.sizes(result, chosen, result.image if image is None else image, vrange, (1,))
+    bands = math.ceil(len(chosen) / _MAX_COLUMNS)
+    per_band = math.ceil(len(chosen) / bands)
     lines = 2 if any(size.note for size in sizes) else 1
     fig = empty_figure() if fig is None else fig
     layout = _Layout(fig, picture, (bands, 2, per_band + 1), zoom, lines)
@@ -109,13 +117,13 @@ def eigendistortions(
     limit = "at the signal's own norm" if vrange is None else "where the pixel range cannot show that"
     capped = f", capped {limit}" if lines > 1 else ""
     layout.note(_facts(result, picture, choice.words(result, sizes) + capped))
-    for i, (distortion, size) in enumerate(zip(distortions, sizes, strict=True)):
-        band, column = divmod(i, per_band)
+    for place, (i, size) in enumerate(zip(chosen, sizes, strict=True)):
+        band, column = divmod(place, per_band)
         ax = layout.axes(band, 0, column + 1, f"distorted {result.index[i]}")
-        draw_distorted(ax, picture, distortion, size.alpha, vrange, size.note)
+        draw_distorted(ax, picture, distortions[i], size.alpha, vrange, size.note)
         title_pair(ax, result, i)
         ax = layout.axes(band, 1, column + 1, f"distortion {result.index[i]}")
-        draw_distortion(ax, distortion)
+        draw_distortion(ax, distortions[i])
     if picture.ndim == 2:
         alone = [ax for ax in fig.axes if str(ax.get_label()).startswith("distortion")]
         _same_scale(alone)
@@ -141,13 +149,10 @@ def both_signs(
 
     Parameters
     ----------
-    result, image, vrange, channel, zoom, fig
+    result, image, pairs, vrange, channel, zoom, fig
         As in `eigendistortions`.
-    pairs : int or sequence of int, optional
-        Which of the result's pairs, by their place in it: 0 is its first, -1 its last. By default all.
     alpha, d_prime
-        As in `eigendistortions`, numbers being one for all or one for each of ``pairs``. A threshold is capped where
-        the pixel range can show it in one direction only.
+        As in `eigendistortions`. A threshold is capped where the pixel range can show it in one direction only.
 
     Returns
     -------
@@ -164,7 +169,7 @@ def both_signs(
     >>> fig.axes[0].get_xlabel()
     'α = 0.2, 0 % clipped'
     """
-    checked(vrange, zoom)
+    vrange, zoom = checked_range(vrange), checked_zoom(zoom)
     chosen = places(result, pairs)
     picture, distortions = panels_of(result, image, channel)
     vrange = vrange or default_vrange(picture)
@@ -192,7 +197,8 @@ def places(result: Eigendistortions, pairs: int | Sequence[int] | None) -> list[
     k = len(result)
     if pairs is None:
         return list(range(k))
-    chosen = [pairs] if isinstance(pairs, int) else list(pairs)
+    given: Any = pairs if np.ndim(pairs) else [pairs]
+    chosen = [whole(i, "pairs") for i in given]
     if not chosen or not all(-k <= i < k for i in chosen):
         raise ValueError(f"pairs must be one or more of 0 to {k - 1}, or of -{k} to -1, not {pairs}")
     return [i % k for i in chosen]

@@ -14,6 +14,7 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
 
+from fisherop.maps import number, real, whole
 from fisherop.result import Eigendistortions
 
 Artists = list[AxesImage] | list[Line2D]
@@ -48,7 +49,7 @@ def show_image(ax: Axes, image: ArrayLike, *, vrange: Range | None = None, chann
            [1. , 1. ]])
     """
     panel = panel_of(image, channel)
-    return draw_image(ax, panel, vrange or default_vrange(panel))
+    return draw_image(ax, panel, checked_range(vrange) or default_vrange(panel))
 
 
 def show_distortion(ax: Axes, distortion: ArrayLike, *, channel: int | None = None) -> Artists:
@@ -127,7 +128,7 @@ def show_distorted(
     base, added = panel_of(image, channel), panel_of(distortion, channel)
     if base.shape != added.shape:
         raise ValueError(f"the distortion has shape {np.shape(distortion)} and the image {np.shape(image)}")
-    return draw_distorted(ax, base, added, alpha, vrange or default_vrange(base))
+    return draw_distorted(ax, base, added, number(alpha, "alpha"), checked_range(vrange) or default_vrange(base))
 
 
 def draw_image(ax: Axes, image: Panel, vrange: Range | None) -> Artists:
@@ -191,12 +192,24 @@ def _draw_lines(ax: Axes, signal: Panel) -> list[Line2D]:
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 
-def checked(vrange: Range | None, zoom: int | None) -> None:
-    """Refuse a range or a zoom that makes no sense."""
-    if vrange is not None and not vrange[0] < vrange[1]:
-        raise ValueError(f"vrange must be (black, white) with black < white, not {vrange}")
-    if zoom is not None and zoom < 1:
-        raise ValueError(f"zoom must be a whole number of at least 1, not {zoom}")
+def checked_range(vrange: Any) -> Range | None:
+    """Return black and white as Python's numbers; refuse what makes no sense."""
+    if vrange is None:
+        return None
+    ends = real(vrange, "vrange").flatten().tolist()
+    if len(ends) != 2 or not -math.inf < ends[0] < ends[1] < math.inf:
+        raise ValueError(f"vrange must be (black, white) with black < white, both finite, not {vrange}")
+    return ends[0], ends[1]
+
+
+def checked_zoom(zoom: Any) -> int | None:
+    """Return a zoom as Python's number; refuse what makes no sense."""
+    if zoom is None:
+        return None
+    found = whole(zoom, "zoom")
+    if found < 1:
+        raise ValueError(f"zoom must be at least 1, not {zoom}")
+    return found
 
 
 def panels_of(result: Eigendistortions, image: ArrayLike | None, channel: int | None) -> tuple[Panel, list[Panel]]:
@@ -227,6 +240,7 @@ def panel_of(image: ArrayLike, channel: int | None) -> Panel:
     channels = array.reshape((1,) * (3 - array.ndim) + array.shape)
     count = len(channels)
     if channel is not None:
+        channel = whole(channel, "channel")
         if not -count <= channel < count:
             raise ValueError(f"channel must be one of 0 to {count - 1}, not {channel}")
         channels = channels[[channel]]
@@ -259,7 +273,7 @@ def default_vrange(image: Panel) -> Range | None:
 
 def array_of(x: Any) -> NDArray[np.float64]:
     """Return an array, from a tensor of any device too."""
-    return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x, dtype=np.float64)
+    return real(x, "an image").cpu().numpy()
 
 
 # --------------------------------------------------------------------------------------------------------------- words
@@ -268,7 +282,7 @@ def array_of(x: Any) -> NDArray[np.float64]:
 def named(result: Eigendistortions, i: int) -> str:
     """Return a pair's index in the spectrum, and what is to be known of it."""
     index = int(result.index[i])
-    note = {0: ", noticed most", order_of(result) - 1: ", noticed least"}.get(index, "")
+    note = {0: ", noticed most", result.n - 1: ", noticed least"}.get(index, "")
     return f"index {index}{note if result.converged[i] else ', not converged'}"
 
 
@@ -289,8 +303,10 @@ def caption(ax: Axes, words: str) -> None:
 
 
 def percent(fraction: float) -> str:
-    """Return a share in per cent, and never a small one as none."""
-    return "< 0.01 %" if 0 < fraction < 1e-4 else f"{100 * fraction:.3g} %"
+    """Return a share in per cent, never a small one as none and never a large one as all."""
+    if 0 < fraction < 1e-4:
+        return "< 0.01 %"
+    return "> 99.9 %" if 0.9995 <= fraction < 1 else f"{100 * fraction:.3g} %"
 
 
 def empty_figure() -> Figure:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fisherop.maps import number, real
 from fisherop.plot.panels import Panel, Range, array_of, clipped, order_of
 from fisherop.result import Eigendistortions
 
@@ -40,8 +41,14 @@ class Choice:
     d_prime: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.alpha, str) and self.alpha not in ("norm", "threshold"):
+        if not isinstance(self.alpha, str):
+            given = tuple(real(self.alpha, "alpha").flatten().tolist())
+            if not np.isfinite(given).all():
+                raise ValueError(f"alpha must be finite, not {self.alpha}")
+            object.__setattr__(self, "alpha", given)
+        elif self.alpha not in ("norm", "threshold"):
             raise ValueError(f"alpha must be 'norm', 'threshold', a number or a number a pair, not {self.alpha!r}")
+        object.__setattr__(self, "d_prime", number(self.d_prime, "d_prime"))
         if not 0 < self.d_prime < math.inf:
             raise ValueError(f"d_prime must be positive and finite, not {self.d_prime}")
 
@@ -54,10 +61,10 @@ class Choice:
         if self.alpha == "threshold":
             x, v = array_of(image).reshape(-1), array_of(result.eigendistortions).reshape(len(result), -1)
             return [self._at_threshold(float(result.eigenvalues[i]), x, v[i], vrange, signs) for i in pairs]
-        given = np.asarray(self.alpha, dtype=np.float64)
-        if given.ndim > 1 or given.size not in (1, len(pairs)):
-            raise ValueError(f"alpha must be one number or {len(pairs)}, one for each pair, not {given.size}")
-        return [Size(float(alpha)) for alpha in np.broadcast_to(given, len(pairs))]
+        given = [float(alpha) for alpha in np.ravel(self.alpha)]
+        if len(given) not in (1, len(pairs)):
+            raise ValueError(f"alpha must be one number or {len(pairs)}, one for each pair, not {len(given)}")
+        return [Size(alpha) for alpha in (given if len(given) == len(pairs) else given * len(pairs))]
 
     def words(self, result: Eigendistortions, sizes: Sequence[Size]) -> str:
         """Say how large the distortions are."""
