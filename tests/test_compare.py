@@ -231,14 +231,17 @@ def test_thresholds_are_infinite_in_the_null_space_of_a_restriction(k, which):
     np.testing.assert_array_equal(np.isinf(fo.thresholds(r)), r.index >= 10)
 
 
-def test_a_model_sees_its_own_distortions_furthest_apart():
-    _, _, (A, B) = pair()
+@pytest.mark.parametrize("full", [False, True])
+def test_a_model_sees_its_own_distortions_furthest_apart(full):
+    A, B = (spd(60), spd(60, seed=1)) if full else pair()[2]
     ops = {"one": A, "two": B}
     results = {name: fo.eigendistortions(op, 2) for name, op in ops.items()}
     table = fo.threshold_table(ops, results)
     assert table.D.shape == (2, 2)
     for i, (name, result) in enumerate(results.items()):
-        np.testing.assert_allclose(table.D[i, i], np.log(result.eigenvalues[0] / result.eigenvalues[1]) / 2, rtol=1e-4)
+        most, least = fo.thresholds(result)
+        assert np.isfinite(least) == full
+        np.testing.assert_allclose(table.D[i, i], np.log(least / most), rtol=1e-4)
         other = 1 - i
         assert table.D[i, i] >= table.D[i, other]
         assert str(table).splitlines()[1 + i].split()[0] == name
