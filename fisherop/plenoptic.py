@@ -33,6 +33,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -333,7 +334,12 @@ class Eigendistortion:
         """
         if self._result is not None:
             raise ValueError("load can only be called with a just-initialized Eigendistortion object")
-        state = torch.load(file_path, map_location=map_location, **pickle_load_args)
+        try:
+            state = torch.load(file_path, map_location=map_location, **pickle_load_args)
+        except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            if "map_location" in str(error):  # of a device that is not here
+                raise
+            raise ValueError(f"{file_path} is not a file of tensors and plain data, or is damaged") from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise ValueError(f"the object saved at {file_path} is not an Eigendistortion of fisherop")
 
@@ -354,7 +360,10 @@ class Eigendistortion:
             names = f"{state['model']} and {_name(self._model)}"
             _complain(f"Saved and initialized model have different names: {names}", raise_on_checks)
         result = state["result"]
-        self._result = None if result is None else _unpacked(result, operator.image)
+        try:
+            self._result = None if result is None else _unpacked(result, operator.image)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"the result saved at {file_path} lacks an entry, or has one too many: {error}") from error
         self._operator, self._jacobian = operator, state["jacobian"]
 
     def to(self, *args: Any, **kwargs: Any) -> None:

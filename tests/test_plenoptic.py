@@ -762,3 +762,22 @@ def test_numbers_of_any_type_are_taken_as_pythons(plt, kind):
     assert po.display_eigendistortion(eig, kind(-2), kind(2), as_rgb=True).axes[0].get_title() == words[1]
     with pytest.raises(TypeError, match="eigenindex must be a whole number, not True"):
         po.eigendistortion_imshow_all(eig, True)
+
+
+def test_a_damaged_file_is_refused_in_one_sentence(tmp_path):
+    image, model = torch.rand(1, 1, 6, 6), torch.nn.AvgPool2d(2).eval()
+    path = tmp_path / "eig.pt"
+    eig = po.Eigendistortion(image, model)
+    eig.synthesize()
+    eig.save(path)
+    whole, state = path.read_bytes(), torch.load(path)
+    for content in (b"", b"not a file of tensors", whole[:100], whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"eig.pt is not a file of tensors and plain data, or is damaged"):
+            po.Eigendistortion(image, model).load(path)
+    for result in (3, {"eigenvalues": torch.ones(2)}, state["result"] | {"more": 1}):
+        torch.save(state | {"result": result}, path)
+        with pytest.raises(ValueError, match=r"the result saved at .*eig.pt lacks an entry"):
+            po.Eigendistortion(image, model).load(path)
+    with pytest.raises(FileNotFoundError):
+        po.Eigendistortion(image, model).load(tmp_path / "none.pt")
