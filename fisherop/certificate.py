@@ -108,6 +108,7 @@ def certify_steps(
         nullity=nullity,
         lambda_max=lambda_max,
         image=op.image,
+        n=op.n,
     )
 
 

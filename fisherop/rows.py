@@ -160,6 +160,7 @@ class RowOperator:
         """Compare <u, F v> with <v, F u>, and look for a negative <v, F v>."""
         pair = self.random_rows(2, stream(0))
         product = self.rows(pair).double()
+        product = product / (product.abs().max() or 1.0)  # its squares may be beyond any dtype
         self._half_products = 0
         gram = pair.double() @ product.T
         # Loose enough for products that carry noise of their own, as those of a simulation do.

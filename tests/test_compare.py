@@ -223,7 +223,7 @@ def test_thresholds_are_infinite_in_the_null_space_only():
     assert np.isfinite(fo.thresholds(r)).tolist() == [True] * 10 + [False] * 15
 
 
-@pytest.mark.parametrize(("k", "which"), [(4, "BE"), (3, "SM")])
+@pytest.mark.parametrize(("k", "which"), [(4, "BE"), (3, "SM"), (16, "LM"), (12, "LM")])
 def test_thresholds_are_infinite_in_the_null_space_of_a_restriction(k, which):
     model, image = build("linear m<n")
     r = fo.eigendistortions(fo.FisherOperator(model, image, within=list(range(16))), k, which)

@@ -287,6 +287,14 @@ def test_signs_make_the_largest_entry_positive():
     assert (x.gather(1, x.abs().argmax(1, keepdim=True)) > 0).all()
 
 
+@pytest.mark.parametrize("scale", [1e-280, 1e280])
+def test_a_matrix_of_any_scale_is_seen_to_be_symmetric_or_not(scale):
+    matrix = scale * np.array([[2.0, 1.0], [1.0, 2.0]])
+    np.testing.assert_allclose(solve(matrix, 2).eigenvalues, scale * np.array([3, 1]))
+    with pytest.raises(ValueError, match="not symmetric"):
+        solve(scale * np.array([[2.0, 1.0], [-1.0, 2.0]]), 2)
+
+
 def test_every_kind_of_operator_gives_the_same_pairs():
     matrix, _ = spectrum_operator(np.linspace(1, 0, 60))
     dense = matrix.numpy()
