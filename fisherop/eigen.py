@@ -23,7 +23,8 @@ from fisherop import certificate, metric
 from fisherop.linearize import exact_arithmetic
 from fisherop.result import ConvergenceWarning, Eigendistortions
 from fisherop.rows import RowOperator, row_norms, stream
-from fisherop.solvers import BACKENDS, ON_CUDA, Backend, Control, Progress, Request, exact, lanczos, lobpcg
+from fisherop.solvers import BACKENDS, ON_CUDA, Backend, Control, Progress, Request, exact, lobpcg
+from fisherop.solvers.contract import rows_in_memory
 
 WHICH = ("LM", "LA", "SM", "SA", "BE")
 DENSE_ORDER = 512
@@ -171,7 +172,7 @@ def choose(op: RowOperator, request: Request) -> tuple[str, str]:
     if (order <= DENSE_ORDER or order <= 20 * request.k) and exact.n_bytes(op) * op.sharers <= DENSE_BYTES:
         return "exact", f"chosen for its dense problem of order {order}"
     known_null = op.n - op.m if op.m else 0
-    room = lanczos.rows_in_memory(op)
+    room = rows_in_memory(op)
     if known_null >= request.smallest > 0 and room < SHORT_BASIS:
         return "nullspace", f"chosen for a null space of dimension {known_null} and room for {room} vectors only"
     return "lanczos", f"chosen because a dense problem of order {order} would cost more"

@@ -14,7 +14,7 @@ from torch import nn
 import fisherop as fo
 from fisherop import eigen, many
 from fisherop.linearize import Linearization
-from fisherop.solvers import lanczos
+from fisherop.solvers.contract import rows_in_memory
 
 
 def problem(name="conv relu pool", count=4, dtype=torch.float64):
@@ -230,7 +230,7 @@ def test_images_share_the_memory_of_dense_problems_and_search_spaces(monkeypatch
     monkeypatch.setattr(eigen, "DENSE_BYTES", 2 * 8 * 36 * 144)
     methods = {batch: fo.eigendistortions_many(model, images, rng=0, batch=batch)[0].method for batch in (2, 4)}
     assert methods == {2: "exact", 4: "lanczos"}
-    rooms = [lanczos.rows_in_memory(many.FisherBatch(model, images[:count]).ops[0]) for count in (1, 4)]
+    rooms = [rows_in_memory(many.FisherBatch(model, images[:count]).ops[0]) for count in (1, 4)]
     assert rooms[0] == pytest.approx(4 * rooms[1], rel=1e-3)
 
 

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from fisherop.rows import RowOperator, row_norms, unit
 
+BASIS_BYTES = 1 << 30
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -210,6 +212,15 @@ def rounding(op: RowOperator) -> float:
     if op.factored:
         return float(16 * max(op.n, op.m or 0) * torch.finfo(op.dtype).eps ** 2)
     return float(4 * math.sqrt(op.n) * torch.finfo(op.dtype).eps)
+
+
+def rows_in_memory(op: RowOperator) -> int:
+    """Return how many rows a search space may hold: on a CUDA device, half of what is free there."""
+    allowed = BASIS_BYTES
+    if op.device.type == "cuda":
+        unused = torch.cuda.memory_reserved(op.device) - torch.cuda.memory_allocated(op.device)
+        allowed = (torch.cuda.mem_get_info(op.device)[0] + unused) // 2
+    return int(allowed // op.sharers // (op.n * op.dtype.itemsize))
 
 
 def null_dimension(op: RowOperator, values: Tensor, lambda_max: float) -> int | None:

@@ -16,9 +16,17 @@ import torch
 from torch import Tensor
 
 from fisherop.rows import RowOperator, row_norms, unit
-from fisherop.solvers.contract import Control, Found, Request, gram, null_dimension, orthonormal, symmetric
+from fisherop.solvers.contract import (
+    Control,
+    Found,
+    Request,
+    gram,
+    null_dimension,
+    orthonormal,
+    rows_in_memory,
+    symmetric,
+)
 
-BASIS_BYTES = 1 << 30
 SAFETY = 0.7  # part of the tolerance used: tracked residuals and the certificate's differ by rounding
 GUARD = 5  # steps before pairs that came with v0 are believed
 SPREAD = 1.1  # by how much a residual's ratio of norms may exceed those seen so far before it is measured again
@@ -30,7 +38,7 @@ Matrix = Tensor
 def solve(op: RowOperator, request: Request, control: Control, *, basis: int | None = None) -> Found:
     """Find the pairs wanted at both ends in one space of at most `basis` rows."""
     given = 0 if request.v0 is None else len(request.v0)
-    room = basis or min(20 * request.k + 200, BASIS_BYTES // (3 * op.n * op.dtype.itemsize))
+    room = basis or min(20 * request.k + 200, rows_in_memory(op) // 3)
     space = SearchSpace(op, max(room, 5 * request.k + given))
     pairs = Pairs(request, space)
     space.extend(request.start(op, min(op.n, request.k + given)))

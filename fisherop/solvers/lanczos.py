@@ -27,9 +27,8 @@ import torch
 from torch import Tensor
 
 from fisherop.rows import RowOperator, row_norms, unit
-from fisherop.solvers.contract import Control, Found, Request, Steps, gram, null_dimension, run
+from fisherop.solvers.contract import Control, Found, Request, Steps, gram, null_dimension, rows_in_memory, run
 
-BASIS_BYTES = 1 << 30
 BASIS_ROWS = 1500
 SAFETY = 0.9  # part of the tolerance used: tracked residuals and the certificate's differ by rounding
 MISSED = 5e-5  # probability that a search for missed pairs overlooks one
@@ -80,15 +79,6 @@ def steps(
     if control.stopped or control.iteration >= control.maxiter:
         return replace(found, doubt="stopped before it was certain that no copy of a multiple eigenvalue was missed")
     return (yield from steps(op, replace(request, v0=None), control, block=max(request.largest, width), basis=basis))
-
-
-def rows_in_memory(op: RowOperator) -> int:
-    """Return how many rows a search space may hold: on a CUDA device, half of what is free there."""
-    allowed = BASIS_BYTES
-    if op.device.type == "cuda":
-        unused = torch.cuda.memory_reserved(op.device) - torch.cuda.memory_allocated(op.device)
-        allowed = (torch.cuda.mem_get_info(op.device)[0] + unused) // 2
-    return int(allowed // op.sharers // (op.n * op.dtype.itemsize))
 
 
 def nothing_missed(space: SearchSpace, pairs: Pairs, room: int, control: Control) -> Steps[bool]:

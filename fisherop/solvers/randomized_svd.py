@@ -9,16 +9,15 @@ from __future__ import annotations
 import torch
 
 from fisherop.rows import RowOperator, row_norms
-from fisherop.solvers.contract import Control, Found, Request, orthonormal, ritz
+from fisherop.solvers.contract import Control, Found, Request, orthonormal, ritz, rows_in_memory
 
 OVERSAMPLE = 5
-BASIS_BYTES = 1 << 31
 
 
 def solve(op: RowOperator, request: Request, control: Control) -> Found:
     """Grow the Krylov space of a random block until the wanted residuals are small; restart when memory is full."""
     width = min(op.n, request.largest + OVERSAMPLE)
-    room = max(3 * width, min(op.n, BASIS_BYTES // (16 * op.n)))
+    room = max(3 * width, min(op.n, rows_in_memory(op) // 2))
     basis = request.start(op, width)
     products = op.rows(basis)
     while True:

@@ -29,8 +29,7 @@ from torch import Tensor
 
 from fisherop.rows import RowOperator, unit
 from fisherop.solvers import exact as dense
-from fisherop.solvers.contract import Progress, gram, orthonormal
-from fisherop.solvers.lanczos import BASIS_BYTES
+from fisherop.solvers.contract import BASIS_BYTES, Progress, gram, orthonormal, rows_in_memory
 from fisherop.spectrum.estimate import (
     Estimate,
     Floats,
@@ -87,7 +86,7 @@ def krylov(
 
     `enough` is asked a few times whether to leave it at that.
     """
-    size = max(1, min(size, op.n, BASIS_BYTES // (op.n * op.dtype.itemsize)))
+    size = max(1, min(size, op.n, rows_in_memory(op)))
     basis = torch.empty(size, op.n, dtype=op.dtype, device=op.device)
     matrix = torch.zeros(size, size, dtype=torch.float64, device=op.device)
     row, squares, beyond = orthonormal(op.random_rows(1, rng)), 0.0, 0.0

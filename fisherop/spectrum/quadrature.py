@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fisherop.rows import RowOperator, row_norms, unit
-from fisherop.solvers.lanczos import BASIS_BYTES
+from fisherop.solvers.contract import rows_in_memory
 from fisherop.spectrum.estimate import Estimate, Floats, Judged, Plan, between
 from fisherop.spectrum.moments import Krylov, exact_products, sphere
 
@@ -224,13 +224,13 @@ def checked_steps(op: RowOperator, steps: int | None, default: int = STEPS) -> i
     """Return how many steps a Lanczos run may take: as asked for, as there are dimensions, as memory has room for."""
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 2):
         raise ValueError(f"steps must be a whole number of at least 2, not {steps!r}")
-    room = BASIS_BYTES // (op.n * op.dtype.itemsize)
+    room = rows_in_memory(op)
     return int(max(2, min(steps or default, op.n, room)))
 
 
 def batch_size(op: RowOperator, steps: int) -> int:
     """Return how many runs may be kept in memory side by side."""
-    return int(max(1, min(BATCH, BASIS_BYTES // (steps * op.n * op.dtype.itemsize))))
+    return int(max(1, min(BATCH, rows_in_memory(op) // steps)))
 
 
 def with_steps(found: Estimate, measures: Measures) -> Estimate:
