@@ -43,7 +43,7 @@ PRODUCTS = {
     ("lobpcg", "smooth", "LM"): 103,
     ("lobpcg", "flat", "SM"): 337,
     ("lobpcg", "null", "BE"): 139,
-    ("power", "null", "LM"): 248,
+    ("power", "null", "LM"): 204,
     ("randomized_svd", "smooth", "LM"): 94,
     ("randomized_svd", "flat", "LM"): 256,
     ("nullspace", "null", "LM"): 26,
