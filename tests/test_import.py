@@ -42,6 +42,7 @@ for model in (fo.OnOff(), torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn
     F = fo.FisherOperator(model, torch.rand(1, 1, 16, 16))
     F @ numpy.ones((256, 3))
     fo.eigendistortions(F, k=2, which="BE", rng=0)
+warnings.filterwarnings("ignore", "Implicitly cleaning up")  # at exit, of a folder that torch 2.6 leaves
 """
 
 

@@ -40,6 +40,14 @@ def test_a_factored_operator_gives_values_zero_to_rounding(name):
     assert (result.eigenvalues <= 1e-10 * result.lambda_max).all()
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_null_space_that_is_wanted_whole_is_found_whole(seed):
+    matrix, _ = spectrum_operator(np.append(FULL_RANK, np.zeros(8)))
+    result = fo.eigendistortions(matrix, 8, "SM", "nullspace", rng=seed)
+    assert result.converged.all()
+    assert (result.eigenvalues <= result.tol).all()
+
+
 def test_a_null_space_that_was_found_is_not_missed():
     result = run(spectrum_operator(np.append(FULL_RANK, np.zeros(50)))[0], 0, 3)
     assert result.converged.all()

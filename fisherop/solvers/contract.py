@@ -64,6 +64,11 @@ class Control:
         if self.callback is not None:
             shown = np.zeros(0) if residuals is None else residuals.double().cpu().numpy()
             self.stopped = asks_to_stop(self.callback(Progress(self.iteration, self.op.n_matvec, shown)))
+        return self.ended
+
+    @property
+    def ended(self) -> bool:
+        """Tell whether the budget is spent, or the callback asked to stop."""
         return self.stopped or self.iteration >= self.maxiter
 
 

@@ -76,7 +76,7 @@ def steps(
     found = Found(pairs.vectors(space), pairs.lambda_max, null_dimension(op, pairs.values, pairs.lambda_max))
     if not pairs.converged or space.done == op.n or (yield from nothing_missed(space, pairs, room, control)):
         return found
-    if control.stopped or control.iteration >= control.maxiter:
+    if control.ended:
         return replace(found, doubt="stopped before it was certain that no copy of a multiple eigenvalue was missed")
     return (yield from steps(op, replace(request, v0=None), control, block=max(request.largest, width), basis=basis))
 

@@ -45,13 +45,24 @@ def solve(op: RowOperator, request: Request, control: Control) -> Found:
         request = replace(request, v0=request.v0[-request.smallest :])
     projection = Projection(op, request.start(op, request.smallest), lambda_max)
     least = LEAST / math.sqrt(op.n)
-    projection.run(SAFETY * request.tol, least, control)
+    tol = SAFETY * request.tol
+    done = projection.run(tol, least, control)
+    independent, apart = _independent(projection.rows)
+    if done and not control.ended:  # what makes rows orthogonal that are nearly parallel makes their errors larger
+        projection.run(max(tol * apart, 10 * torch.finfo(op.dtype).eps), least, control)
+        independent, _ = _independent(projection.rows)
     rows = unit(projection.rows)
-    # Rows that agree but for their errors are the same null vector found again.
-    independent = int((torch.linalg.eigvalsh(gram(rows, rows)) > LEAST**2).sum())
     null, missing = orthonormal(rows), request.smallest - min(independent, int((projection.kept > least).sum()))
     note = f"no null space of dimension {request.smallest} was found: use method='lanczos'" if missing else ""
     return Found(torch.cat([top, null]), lambda_max, note=note)
+
+
+def _independent(rows: Tensor) -> tuple[int, float]:
+    """Return how many rows are no others but for their errors, and the least singular value of those, at norm 1."""
+    rows = unit(rows)
+    values = torch.linalg.eigvalsh(gram(rows, rows))
+    values = values[values > LEAST**2]
+    return len(values), float(values[0].sqrt()) if len(values) else 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,14 +193,15 @@ class Projection:
         energy = self.scale * _inner(self.rows, self.slopes)[:, 0].clamp(min=0)
         return energy.sqrt() / _norm(self.rows)
 
-    def run(self, tol: float, least: float, control: Control) -> None:
-        """Iterate until every row is null to `tol`, or less than `least` of it is left."""
+    def run(self, tol: float, least: float, control: Control) -> bool:
+        """Iterate until every row is null to `tol`, or less than `least` of it is left; tell whether all are."""
         for _ in range(ROUNDS):  # what is tracked drifts from what is true: only fresh products end the work
             if self._round(tol, least, control):
                 break
             self._refresh(self._active(tol, 0.0))
             if len(self._active(tol, least)) == 0:
                 break
+        return len(self._active(tol, least)) == 0
 
     def _round(self, tol: float, least: float, control: Control) -> bool:
         """Run conjugate gradients from where the rows are; tell whether the budget is spent."""
@@ -266,7 +278,7 @@ def _answer(projection: Projection, tol: float, least: float, control: Control, 
         verdict = f"{kept:.3g} of the image's norm lies in the null space of F, to {residual:.1e} of lambda_max"
     elif kept <= least:
         verdict = "nothing of the image lies in a null space of F, if F has one at all"
-    elif control.stopped or control.iteration >= control.maxiter:
+    elif control.ended:
         verdict = (
             f"not converged within {control.iteration} steps (residual {residual:.1e} of lambda_max): raise maxiter, "
             "pass the result's image to go on, or loosen tol"

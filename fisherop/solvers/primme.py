@@ -40,7 +40,7 @@ def _one_end(
     watched = Watched(op, control, keep=max(3 * count, 32))
 
     def scaled(columns: NDArray[np.float64]) -> NDArray[np.float64]:
-        if control.stopped or control.iteration >= control.maxiter:
+        if control.ended:
             return columns  # PRIMME swallows exceptions: it is let run out on the identity, and its answer is not used
         rows = op.tensor(columns.reshape(op.n, -1).T.copy())
         try:
@@ -62,7 +62,7 @@ def _one_end(
     values, vectors = primme.eigsh(
         matrix, count, which="LA" if largest else "SA", v0=start, tol=request.tol / 2, **options
     )[:2]
-    if control.stopped or control.iteration >= control.maxiter or len(values) < count:
+    if control.ended or len(values) < count:
         return watched.best(*((count, 0) if largest else (0, count)), request.rng)
     return orthonormal(op.tensor(np.ascontiguousarray(vectors.T)))
 
