@@ -110,11 +110,11 @@ def problem(name: str, dtype: str) -> tuple[Any, np.ndarray | None]:
     op = fo.FisherOperator(model, torch.rand(1, channels, side, side).to(getattr(torch, dtype)))
     if exact.size(RowOperator(op)) > DENSE:
         return op, None
-    wide = fo.FisherOperator(model.double(), op.image.double())
-    rows = RowOperator(wide)
-    k = exact.size(rows)
-    values = fo.eigendistortions(wide, k, "LM", "exact").eigenvalues
-    return op, np.append(values, np.zeros(rows.n - k))
+    J = fo.JacobianOperator(model.double(), op.image.double())
+    short = J @ J.T if J.shape[0] < J.shape[1] else J.T @ J
+    matrix = (short @ torch.eye(short.shape[0], dtype=torch.float64)).numpy()
+    values = np.linalg.eigvalsh((matrix + matrix.T) / 2)[::-1].clip(min=0)
+    return op, np.append(values, np.zeros(J.shape[1] - len(values)))
 
 
 def by_backend(name: str) -> Callable[[RowOperator, Request, Control], Found]:
