@@ -259,6 +259,7 @@ def test_a_size_that_is_none_is_refused(size):
 
 
 def test_what_is_written_to_a_photograph_is_not_in_the_next_one():
+    pytest.importorskip("skimage")
     first = photograph("camera", dtype=torch.float64)
     kept = first.clone()
     first.zero_()
