@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fisherop.result import Eigendistortions
 from fisherop.rows import RowOperator
-from fisherop.solvers.contract import Found, Request, Steps, gram, orthonormal, ritz, rounding, run, symmetric
+from fisherop.solvers.contract import Found, Request, Steps, gram, orthonormal, ritz, run, symmetric
 
 PROBE_STEPS = 60
 ENOUGH = 0.9
@@ -210,8 +210,12 @@ def _nullity(
     """Return the dimension of the null space as far as it is known, and whether that is all of it."""
     if found.nullity is not None:
         return found.nullity, True
-    # An eigenvector's image is zero to rounding; a Ritz value that is merely small proves nothing.
-    zero = converged & (pairs.values.abs() <= min(rounding(op), 4 * torch.finfo(op.dtype).eps) * lambda_max)
+    # The image must be zero to rounding, under the factor where that is known; what is merely small proves nothing.
+    eps = torch.finfo(op.dtype).eps
+    if op.factored:
+        zero = converged & (pairs.values <= (16 * eps) ** 2 * lambda_max)
+    else:
+        zero = converged & (pairs.values.abs() + pairs.norms <= 16 * eps * lambda_max)
     return max(op.n - op.m if op.m else 0, int(zero[request.largest :].sum())), False
 
 

@@ -90,6 +90,16 @@ def test_vectors_that_share_an_eigenvalue_are_reported_as_a_subspace():
     assert "index 0-2, 63-64: only a subspace, of dimension 2 and 3 or more, is determined" in result.message
 
 
+@pytest.mark.parametrize("method", ["lanczos", "nullspace"])
+def test_a_small_eigenvalue_is_not_called_a_null_space_where_a_factor_tells_them_apart(method):
+    gains = torch.cat([torch.linspace(1, 0.5, 599), torch.tensor([1e-5])])
+    result = fo.eigendistortions(fo.FisherOperator(lambda x: gains * x, torch.zeros(600)), 1, "SM", method, rng=0)
+    assert result.converged.all()
+    assert result.eigenvalues[0] >= 0.9e-10
+    assert result.nullity == 0
+    assert "zero to within tol" in result.message
+
+
 def test_a_null_vector_belongs_to_the_whole_null_space():
     result = fo.eigendistortions(fo.FisherOperator(*build("linear m<n")), 2)
     assert result.clusters.tolist() == [1, 15]
