@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING
 
 from fisherop import images, noise, restrict, spectrum
 from fisherop.compare import (
-    PrincipalDistortions,
     ThresholdTable,
     discriminability,
     generalized_eigendistortions,
-    principal_distortions,
     threshold_table,
     thresholds,
 )
@@ -25,6 +23,7 @@ from fisherop.frontend import LG, LGG, LN, OnOff
 from fisherop.many import eigendistortions_many
 from fisherop.models import Layer
 from fisherop.operators import FisherOperator, JacobianOperator
+from fisherop.principal import PrincipalDistortions, principal_distortions
 from fisherop.result import ConvergenceWarning, Eigendistortions
 from fisherop.solvers.nullspace import NullProjection, project_to_null
 from fisherop.spectrum import (

@@ -47,3 +47,15 @@ def spectrum_operator(values, seed=0, dtype=torch.float64):
     """Return a symmetric matrix with these eigenvalues as a tensor, and its eigenvectors as columns, descending."""
     op = testing.SpectralOperator(values, seed)
     return torch.tensor(op.matrix, dtype=dtype), op.vectors
+
+
+def spd(n, seed=0, low=0.1):
+    """Return a dense matrix with eigenvalues from 1 to `low`."""
+    return spectrum_operator(np.linspace(1, low, n), seed)[0].numpy()
+
+
+def pair(name="attention", dtype=torch.float64):
+    """Return two models of one kind at one image, and their Fisher operators."""
+    model, image = build(name, dtype)
+    other, _ = build(name, dtype, seed=3)
+    return (model, other), image, [fo.FisherOperator(m, image) for m in (model, other)]
