@@ -28,7 +28,7 @@ def steps(op: RowOperator, request: Request, control: Control) -> Steps[Found]:
     if op.factored:
         values, vectors = _left(images, op)
     else:
-        values, vectors = (part.flip(-1) for part in torch.linalg.eigh(symmetric(images)))
+        values, vectors = _descending(symmetric(images))
     wanted = [*range(request.largest), *range(op.n - request.smallest, op.n)]
     return Found(vectors[:, wanted].T.to(op.dtype).contiguous(), float(values[0]), _zeros(values, op))
 
@@ -76,9 +76,15 @@ def _images_of_identity(product: Kind, order: int, op: RowOperator, control: Con
     return torch.cat(blocks)
 
 
+def _descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues of a symmetric matrix, descending, and their vectors as columns."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.flip(-1), vectors.flip(-1)
+
+
 def _left(rows: Tensor, op: RowOperator) -> tuple[Tensor, Tensor]:
     """Return the squared singular values of A, descending, and the left singular vectors as columns."""
-    values, vectors = (part.flip(-1) for part in torch.linalg.eigh(rows @ rows.T))
+    values, vectors = _descending(rows @ rows.T)
     if _lost(values, op):
         vectors, singular, _ = torch.linalg.svd(torch.linalg.qr(rows.T, mode="r")[1].T)
         values = singular**2
@@ -87,7 +93,7 @@ def _left(rows: Tensor, op: RowOperator) -> tuple[Tensor, Tensor]:
 
 def _right(rows: Tensor, op: RowOperator) -> tuple[Tensor, Tensor, Tensor]:
     """Return the squared singular values of A, descending, and two matrices: X^T Y has the right vectors as rows."""
-    values, vectors = (part.flip(-1) for part in torch.linalg.eigh(rows @ rows.T))
+    values, vectors = _descending(rows @ rows.T)
     if not _lost(values, op):
         return values, vectors / values.clamp(min=torch.finfo(values.dtype).tiny).sqrt(), rows
     columns, upper = torch.linalg.qr(rows.T)
