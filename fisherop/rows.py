@@ -94,17 +94,17 @@ class RowOperator:
     def rows(self, block: Tensor) -> Tensor:
         """Multiply every row by F."""
         self.count("rows", len(block))
-        return _finite(self._product(block))
+        return finite(self._product(block))
 
     def factor(self, block: Tensor) -> Tensor:
         """Multiply every row of (b, n) by L."""
         self.count("factor", len(block))
-        return _finite(self.source.factor_rows(block))
+        return finite(self.source.factor_rows(block))
 
     def factor_adjoint(self, block: Tensor) -> Tensor:
         """Multiply every row of (b, m) by the transpose of L."""
         self.count("factor_adjoint", len(block))
-        return _finite(self.source.factor_adjoint_rows(block))
+        return finite(self.source.factor_adjoint_rows(block))
 
     def count(self, kind: str, vectors: int) -> None:
         """Count products with F ("rows") or its factor, also those that were made elsewhere."""
@@ -146,7 +146,7 @@ class RowOperator:
         """Return rows as the operator's user knows them: images, a tensor, or an array."""
         if isinstance(self.source, InformationOperator):
             return self.source.to_image(rows)
-        return rows if isinstance(self.source, Tensor) or gpu.is_cupys(self.source) else rows.numpy()
+        return rows if isinstance(self.source, Tensor) or gpu.is_cupys(self.source) else rows.cpu().numpy()
 
     def distortions(self, rows: Tensor) -> Tensor:
         """Return the distortions, of unit norm, that the rows of a solver's answer stand for."""
@@ -233,7 +233,8 @@ def _rows_dtype(dtype: np.dtype[Any]) -> torch.dtype:
     return torch.float32 if dtype in (np.float16, np.float32) else torch.float64
 
 
-def _finite(block: Tensor) -> Tensor:
+def finite(block: Tensor) -> Tensor:
+    """Return products as they are, or refuse them where they hold NaN or infinity."""
     # A finite sum, one pass in place of four, has finite terms; one that is not may be an overflow of its own.
     if not math.isfinite(float(block.sum())) and not torch.isfinite(block).all():
         raise ValueError("a product with the operator holds NaN or infinity: rescale the model's response")
