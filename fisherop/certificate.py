@@ -27,7 +27,7 @@ DOUBT = 1e-3
 
 @dataclass(frozen=True)
 class Pairs:
-    """Ritz pairs from fresh products: values descending, orthonormal rows, norms of the residual vectors.
+    """Ritz pairs from fresh products: values descending, orthonormal rows, norms of the residual vectors on the host.
 
     Where the operator has a metric M, rows are orthonormal in its inner product, and norms are those of its inverse.
     """
@@ -94,12 +94,12 @@ def certify_steps(
         _probe_words(rest, missed, pairs, request, lambda_max),
     ]
     return Eigendistortions(
-        eigenvalues=pairs.values.cpu().numpy(),
+        eigenvalues=pairs.values.numpy(),
         eigendistortions=op.in_image_shape(signed(op.distortions(pairs.rows))),
         index=np.array([*range(request.largest), *range(op.n - request.smallest, op.n)]),
-        residuals=residuals.cpu().numpy(),
-        converged=converged.cpu().numpy(),
-        eigenvalue_bounds=bounds.cpu().numpy(),
+        residuals=residuals.numpy(),
+        converged=converged.numpy(),
+        eigenvalue_bounds=bounds.numpy(),
         clusters=clusters,
         n_matvec=op.n_matvec,
         method=method,
@@ -133,18 +133,18 @@ def _fresh_pairs(op: RowOperator, rows: Tensor, request: Request, lambda_max: fl
     if op.factored:
         images = yield "factor", x
         padded = torch.nn.functional.pad(images.double(), (0, max(0, len(x) - images.shape[1])))
-        mix, singular, _ = torch.linalg.svd(padded, full_matrices=False)
+        mix, singular, _ = torch.linalg.svd(torch.linalg.qr(padded.T, mode="r")[1].T.cpu())
         values = singular**2
-        products = yield "factor_adjoint", mix.T.to(x.dtype) @ images
+        products = yield "factor_adjoint", mix.T.to(x) @ images
     else:
         products = yield "rows", x
         values, mix = (part.flip(-1) for part in torch.linalg.eigh(symmetric(gram(x, products))))
-        products = mix.T.to(x.dtype) @ products
-    x, dual = mix.T.to(x.dtype) @ x, mix.T.to(x.dtype) @ dual
-    residuals = products.double() - values[:, None] * dual.double()
+        products = mix.T.to(x) @ products
+    x, dual = mix.T.to(x) @ x, mix.T.to(x) @ dual
+    residuals = products.double() - values[:, None].to(x.device) * dual.double()
     enough = ENOUGH * request.tol * max(lambda_max, float(values[0]))
     norms = residuals.norm(dim=1) if op.metric is None else op.metric.dual_norms(residuals, enough)
-    return Pairs(values, x, norms)
+    return Pairs(values, x, norms.cpu())
 
 
 def probe_rest(op: RowOperator, pairs: Pairs, request: Request) -> Probe:
@@ -225,7 +225,7 @@ def _clusters(pairs: Pairs, blur: float, nullity: int) -> NDArray[np.int64]:
     A residual r turns a vector by up to r / gap (Davis and Kahan, 1970): pairs closer than ten times their residuals
     belong together, and a zero eigenvalue belongs to the whole null space.
     """
-    values, norms = pairs.values.cpu().numpy(), pairs.norms.cpu().numpy()
+    values, norms = pairs.values.numpy(), pairs.norms.numpy()
     apart = -np.diff(values) > 10 * np.maximum(norms[1:], norms[:-1]) + blur
     label = np.concatenate([[0], np.cumsum(apart)])
     dimension: NDArray[np.int64] = np.bincount(label)[label]

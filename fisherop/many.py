@@ -29,8 +29,10 @@ from fisherop.noise import Gaussian, Noise
 from fisherop.operators import InformationOperator
 from fisherop.restrict import subspace
 from fisherop.result import ConvergenceWarning, Eigendistortions
-from fisherop.rows import RowOperator
+from fisherop.rows import RowOperator, finite
 from fisherop.solvers import BACKENDS, Control, Progress, Request, Steps
+from fisherop.solvers.contract import Ask
+from fisherop.solvers.space import absorb, shelves
 
 Answer = TypeVar("Answer")
 
@@ -42,6 +44,10 @@ HELD_PASSES = 4
 
 ROWS_EACH = 200
 """Rows of a search space that every image should have room for."""
+
+ORDER = (absorb, "rows", shelves, "factor", "factor_adjoint")
+"""What is done first where images ask for several things. Who is done with a search waits until all are: the next one,
+and the proofs, are then shared too."""
 
 SLACK = 1.25
 """A larger batch is preferred where an image costs no more than this many times what it costs in the best one."""
@@ -179,29 +185,30 @@ def _solved(
 
 
 def _side_by_side(together: FisherBatch, steps: Sequence[Steps[Answer]]) -> list[Answer]:
-    """Advance all solvers by one product at a time, made for all of them at once, until the last has its answer.
-
-    Whoever is done with its search waits until all are, so that the proofs share their products too.
-    """
+    """Do for all solvers at once what they ask for, one thing after another, until the last has its answer."""
     answers: dict[int, Answer] = {}
-    asked: dict[int, tuple[str, Tensor]] = {}
+    asked: dict[int, Ask] = {}
 
-    def advance(i: int, products: Tensor | None) -> None:
+    def advance(i: int, outcome: Any) -> None:
         try:
-            asked[i] = next(steps[i]) if products is None else steps[i].send(products)
+            asked[i] = steps[i].send(outcome)
         except StopIteration as end:
             answers[i] = end.value
 
     for i in range(len(steps)):
         advance(i, None)
     while asked:
-        kinds = {kind for kind, _ in asked.values()}
-        kind = next(kind for kind in ("rows", "factor", "factor_adjoint") if kind in kinds)
-        served = [i for i in asked if asked[i][0] == kind]
-        products = together.multiply(kind, {i: asked.pop(i)[1] for i in served})
-        for i in served:
-            together.ops[i].count(kind, len(products[i]))
-            advance(i, products[i])
+        what = min((what for what, _ in asked.values()), key=ORDER.index)
+        served = [i for i in sorted(asked) if asked[i][0] == what]
+        given = [asked.pop(i)[1] for i in served]
+        if callable(what):
+            outcomes = what(given)
+        else:
+            outcomes = together.multiply(what, dict(zip(served, given, strict=True)))
+            for i, rows in zip(served, given, strict=True):
+                together.ops[i].count(what, len(rows))
+        for i, outcome in zip(served, outcomes, strict=True):
+            advance(i, outcome)
     return [answers[i] for i in range(len(steps))]
 
 
@@ -244,16 +251,17 @@ class FisherBatch:
         for op in self.ops:
             op.sharers = self.count
 
-    def multiply(self, kind: str, asked: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    def multiply(self, kind: str, asked: Mapping[int, Tensor]) -> list[Tensor]:
         """Multiply the rows that images ask for by F ("rows"), its factor or the factor's transpose ("factor_adjoint").
 
         Images that ask for less than others, or for nothing, are filled up with zeros.
         """
-        first = next(iter(asked.values()))
-        width = max(len(rows) for rows in asked.values())
-        block = first.new_zeros(width, self.count, first.shape[1])
-        for i, rows in asked.items():
-            block[: len(rows), i] = rows
+        most = max(asked.values(), key=len)
+        nothing = torch.zeros_like(most)
+        given = [asked.get(i, nothing) for i in range(self.count)]
+        if any(len(rows) < len(most) for rows in given):
+            given = [torch.cat([rows, nothing[len(rows) :]]) for rows in given]
+        block = torch.stack(given, dim=1)
         if kind != "factor_adjoint":
             block = self._jvp(block)
             block = self._weighted("apply" if kind == "rows" else "root", block)
@@ -261,9 +269,8 @@ class FisherBatch:
             block = self._weighted("root_transpose", block)
         if kind != "factor":
             block = self._vjp(block)
-        if not torch.isfinite(block).all():
-            raise ValueError("a product with the operator holds NaN or infinity: rescale the model's response")
-        return {i: block[: len(rows), i].contiguous() for i, rows in asked.items()}
+        block = finite(block)
+        return [block[: len(rows), i].contiguous() for i, rows in asked.items()]
 
     def _jvp(self, block: Tensor) -> Tensor:
         images = self.subspace.expand(block.flatten(0, 1))
@@ -323,15 +330,15 @@ class _Member(InformationOperator):
 
     def rows(self, block: Tensor) -> Tensor:
         """Multiply every row by F."""
-        return self.together.multiply("rows", {self.place: block})[self.place]
+        return self.together.multiply("rows", {self.place: block})[0]
 
     def factor_rows(self, block: Tensor) -> Tensor:
         """Multiply every row by the factor of F."""
-        return self.together.multiply("factor", {self.place: block})[self.place]
+        return self.together.multiply("factor", {self.place: block})[0]
 
     def factor_adjoint_rows(self, block: Tensor) -> Tensor:
         """Multiply every row by the transpose of the factor."""
-        return self.together.multiply("factor_adjoint", {self.place: block})[self.place]
+        return self.together.multiply("factor_adjoint", {self.place: block})[0]
 
 
 class _Together(torch.nn.Module):

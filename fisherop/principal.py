@@ -215,7 +215,7 @@ def _ascend(family: Family, start: Tensor, tol: float, maxiter: int) -> tuple[Te
     mix = (start @ basis.T).double().cpu().numpy().T
     value, previous = -math.inf, mix[:, :0]
     for _ in range(maxiter):
-        small = np.stack([gram(basis, product).cpu().numpy() for product in products])
+        small = np.stack([gram(basis, product).numpy() for product in products])
         mix, value = _maximized((small + small.swapaxes(1, 2)) / 2, mix)
         turn = torch.from_numpy(mix.T).to(basis)
         gradients, relative = _gradients(turn @ basis, turn @ products, value)

@@ -1,7 +1,7 @@
 """What a solver is given and what it gives back, and the few steps of linear algebra that solvers share.
 
 Solvers see an operator, never a model. Vectors are the rows of contiguous (b, n) blocks on the operator's device;
-Gram matrices and small eigenproblems are float64 on the host's side of accuracy whatever the rows are.
+Gram matrices and small eigenproblems are in float64 on the host, whatever the rows are and wherever they lie.
 """
 
 from __future__ import annotations
@@ -10,16 +10,22 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fisherop.rows import RowOperator, row_norms, unit
+from fisherop.rows import RowOperator, unit
 
 BASIS_BYTES = 1 << 30
+
+Matrix = Tensor
+"""Small float64 matrices on the CPU, where small eigenproblems are solved faster, and without waiting for a device.
+
+Not NumPy's: its BLAS has threads that would fight with torch's for the cores.
+"""
 
 
 @dataclass(frozen=True)
@@ -152,19 +158,20 @@ class Found:
 
 Answer = TypeVar("Answer")
 Kind = Literal["rows", "factor", "factor_adjoint"]
-Ask = tuple[Kind, Tensor]
-"""A product that is wanted: the method of the operator, and the rows to multiply."""
+Ask = tuple[Kind, Tensor] | tuple[Callable[[list[Any]], list[Any]], Any]
+"""A product that is wanted: the method of the operator, and the rows to multiply; or a function that does for many what
+is wanted, given a list, and what it should be given for this one."""
 
-Steps = Generator[Ask, Tensor, Answer]
-"""A computation that yields the products it wants and is sent them, so that many can share each product."""
+Steps = Generator[Ask, Any, Answer]
+"""A computation that yields what it wants done and is sent the outcome, so that many can have it done at once."""
 
 
 def run(op: RowOperator, steps: Steps[Answer]) -> Answer:
     """Carry out a computation with an operator of its own."""
     try:
-        kind, rows = next(steps)
+        what, given = next(steps)
         while True:
-            kind, rows = steps.send(getattr(op, kind)(rows))
+            what, given = steps.send(what([given])[0] if callable(what) else getattr(op, what)(given))
     except StopIteration as end:
         answer: Answer = end.value
         return answer
@@ -174,38 +181,42 @@ def orthonormal(rows: Tensor, against: Tensor | None = None) -> Tensor:
     """Return orthonormal rows that span `rows`, less what lies in the orthonormal rows `against`.
 
     Rows that add nothing are dropped. Stathopoulos and Wu (2002), "A block orthogonalization procedure with constant
-    synchronization requirements", algorithm SVQB, three times over: each pass leaves the square root of the
-    last one's loss.
+    synchronization requirements", algorithm SVQB, up to three times over: each pass leaves the square root of the
+    last one's loss, and nothing where there was little to do.
     """
-    rows = unit(rows[row_norms(rows) > 0])
+    rows = unit(rows)
     for _ in range(3):
         if against is not None and len(against):
             rows = rows - (rows @ against.T) @ against
-        sizes = row_norms(rows)
+        products = gram(rows, rows)
+        sizes = products.diagonal().sqrt()
         kept = sizes > 10 * torch.finfo(rows.dtype).eps
-        rows = rows[kept] / sizes[kept, None].to(rows)
-        values, vectors = torch.linalg.eigh(gram(rows, rows))
+        if not kept.all():
+            rows, sizes, products = rows[kept.nonzero()[:, 0]], sizes[kept], products[kept][:, kept]
+        values, vectors = torch.linalg.eigh(products / sizes / sizes[:, None])
         rank = values > len(rows) * 100 * torch.finfo(rows.dtype).eps ** 2 + 1e-14
-        rows = (vectors[:, rank] / values[rank].sqrt()).T.to(rows.dtype) @ rows
+        rows = (vectors[:, rank] / values[rank].sqrt() / sizes[:, None]).T.to(rows) @ rows
+        if kept.all() and len(rows) and min(float(sizes.min()), float(values[0])) > 0.5:
+            break
     return rows
 
 
-def gram(a: Tensor, b: Tensor) -> Tensor:
-    """Return the inner products of rows in float64."""
-    return a.double() @ b.double().T
+def gram(a: Tensor, b: Tensor) -> Matrix:
+    """Return the inner products of rows."""
+    return (a.double() @ b.double().T).cpu()
 
 
 def ritz(rows: Tensor, products: Tensor, largest: int, smallest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the extreme Ritz values, descending, with their vectors and residual vectors.
+    """Return the extreme Ritz values, descending and on the host, with their vectors and residual vectors.
 
     `rows` are orthonormal, `products` are F times them.
     """
     values, vectors = torch.linalg.eigh(symmetric(gram(rows, products)))
     size = len(rows)
     order = [size - 1 - i for i in range(min(largest, size))] + list(reversed(range(min(smallest, size))))
-    mix = vectors[:, order].T.to(rows.dtype)
+    mix = vectors[:, order].T.to(rows)
     x = mix @ rows
-    residuals = mix @ products - values[order, None].to(rows.dtype) * x
+    residuals = mix @ products - values[order, None].to(rows) * x
     return values[order], x, residuals
 
 

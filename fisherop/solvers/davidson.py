@@ -93,7 +93,7 @@ class SearchSpace:
         if self.op.metric is not None:
             self.images[new] = images
         self.size = new.stop
-        coupling = gram(self.rows[: self.size], self.products[new]).cpu()
+        coupling = gram(self.rows[: self.size], self.products[new])
         self.h[: self.size, new], self.h[new, : self.size] = coupling, coupling.T
         return len(fresh)
 

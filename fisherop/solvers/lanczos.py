@@ -14,8 +14,6 @@ done on coordinates: no products are stored and no residual is formed.
     converged; then a new random row, orthogonal to all that was found, looks for what was missed until nothing can
     be there: van Dorsselaer, Hochstenbach and van der Vorst (2000), "Computing probabilistic bounds for extreme
     eigenvalues of symmetric matrices with the Lanczos method".
-3.  A product is orthogonalized first against the last few rows, where nearly all of it lies, then against all, until
-    that takes little away: the accuracy of two passes for little more memory traffic than one.
 """
 
 from __future__ import annotations
@@ -26,23 +24,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fisherop.rows import RowOperator, row_norms, unit
-from fisherop.solvers.contract import Control, Found, Request, Steps, gram, null_dimension, rows_in_memory, run
+from fisherop.rows import RowOperator
+from fisherop.solvers.contract import Control, Found, Matrix, Request, Steps, null_dimension, rows_in_memory, run
+from fisherop.solvers.space import SearchSpace, eye, shelves
 
 BASIS_ROWS = 1500
 SAFETY = 0.9  # part of the tolerance used: tracked residuals and the certificate's differ by rounding
 MISSED = 5e-5  # probability that a search for missed pairs overlooks one
 SHARE = 0.05  # of its square norm that a missed eigenvector may have in what is left out of a search for it
 NEAR = 100  # Ritz vectors next to those wanted that may be known well enough to be left out of a search
-COLUMNS = 1 << 14
 EXACT_EVERY = 1.1  # rows, relative to those at the last exact eigenproblem, at which to solve it again
 CONFIRMED_EVERY = 1.015  # the same where the pairs seem to have converged
 ESTIMATED_FROM = 30  # Ritz vectors at each end that pairs are estimated from between
 SHARED_EVERY = 1.04  # the same for all judgements where products are shared, and cost less than a judgement
+SHARED_AWAY = 1.1  # that on a device, whose products for all images cost less than one judgement of each
 TINY = torch.finfo(torch.float64).tiny
-
-Matrix = Tensor
-"""Small float64 matrices on the CPU. Not NumPy's: its BLAS has threads that would fight with torch's for the cores."""
 
 
 def solve(
@@ -59,7 +55,7 @@ def steps(
     width = min(op.n, block or max(1, request.smallest))
     given = 0 if request.v0 is None else len(request.v0)
     room = basis or min(BASIS_ROWS, rows_in_memory(op))
-    space = SearchSpace(op, max(room, 3 * (request.k + width + given)))
+    space = SearchSpace(op, (yield shelves, (op, max(room, 3 * (request.k + width + given)))))
     space.inject(request.start(op, min(op.n, width + given)))
     # Rows that the caller gave are not random: they may lack any eigenvector.
     pairs = Pairs(request, width, seen=0 if given else width)
@@ -91,13 +87,13 @@ def nothing_missed(space: SearchSpace, pairs: Pairs, room: int, control: Control
         return True
     kept, shift = pairs.known(space, doubts)
     known = space.combine(pairs.mix[:, kept])
-    rest = SearchSpace(space.op, len(known) + room // 2)
+    rest = SearchSpace(space.op, (yield shelves, (space.op, len(known) + room // 2)))
     rest.lock(known)
     rest.inject(space.op.random_rows(1, pairs.request.rng))
     enough = math.log(math.sqrt(2 * space.op.n / math.pi) / MISSED)
     stop, judged = False, 0
     while rest.pending and doubts and not rest.full(1) and not stop:
-        yield from rest.expand(_eye(1))
+        yield from rest.expand(eye(1))
         stop = control.step(pairs.residuals)
         steps = rest.done - len(known)
         if steps < CONFIRMED_EVERY * judged and not stop:
@@ -116,139 +112,6 @@ def nothing_missed(space: SearchSpace, pairs: Pairs, room: int, control: Control
             if bounded or left * abs(float(vectors[-1, best])) <= pairs.limit * pairs.lambda_max:
                 doubts.remove(doubt)
     return not doubts or not rest.pending
-
-
-class SearchSpace:
-    """Orthonormal rows and F in them: F rows[:done] = h[:size, :done]^T rows[:size]."""
-
-    def __init__(self, op: RowOperator, room: int) -> None:
-        self.op = op
-        room = min(op.n, room)
-        self.rows = torch.empty(room, op.n, dtype=op.dtype, device=op.device)
-        self.h: Matrix = torch.zeros(room, room, dtype=torch.float64, device="cpu")
-        self.done = self.size = self.near = 0
-        self.scale = 0.0
-
-    @property
-    def pending(self) -> int:
-        """Rows not yet multiplied."""
-        return self.size - self.done
-
-    def full(self, count: int) -> bool:
-        """Tell whether the products of `count` more rows might not find room."""
-        return bool(self.size + count > len(self.rows) < self.op.n)
-
-    def matrix(self) -> Matrix:
-        """Return F in the multiplied rows."""
-        h = self.h[: self.done, : self.done]
-        return (h + h.T) / 2
-
-    def coupling(self) -> Matrix:
-        """Return what F makes of the multiplied rows in the pending ones."""
-        return self.h[self.done : self.size, : self.done]
-
-    def combine(self, mix: Matrix) -> Tensor:
-        """Return combinations of the multiplied rows."""
-        return mix.T.to(self.rows) @ self.rows[: self.done]
-
-    def inject(self, rows: Tensor) -> int:
-        """Add what is new in `rows` to the pending ones, and return how many rows that gave."""
-        _, fresh, _ = self._split(unit(rows), 0, floor=1e-5)
-        return self._append(fresh)
-
-    def lock(self, rows: Tensor) -> None:
-        """Take orthonormal rows for eigenvectors, which need no product."""
-        self.rows[: len(rows)] = rows
-        self.done = self.size = self.near = len(rows)
-
-    def expand(self, directions: Matrix) -> Steps[None]:
-        """Multiply combinations of the pending rows by F."""
-        self._turn(directions)
-        first, last = self.done, self.done + directions.shape[1]
-        products = yield "rows", self.rows[first:last]
-        # A Krylov product lies in the rows of the last step, those of this one and the pending ones.
-        if len(products) == 1:
-            inside, fresh, outside = self._split_row(products, self.near)
-        else:
-            self.scale = max(self.scale, float(row_norms(products).max()))
-            inside, fresh, outside = self._split(products, self.near, self._floor())
-        self.h[: self.size, first:last] = inside
-        count = self._append(fresh)
-        self.h[self.size - count : self.size, first:last] = outside[:count]
-        self.near, self.done = first, last
-
-    def restart(self, mix: Matrix) -> None:
-        """Keep of the multiplied rows the combinations `mix`, which must be Ritz vectors, and all pending rows."""
-        kept, pending = mix.shape[1], self.pending
-        inner, outer = mix.T @ self.matrix() @ mix, self.coupling() @ mix
-        turn = mix.T.to(self.rows)
-        for columns in torch.split(self.rows, COLUMNS, dim=1):  # in pieces: no second basis in memory
-            columns[: kept + pending] = torch.cat([turn @ columns[: self.done], columns[self.done : self.size]])
-        self.done, self.size, self.near = kept, kept + pending, 0
-        self.h[:kept, :kept], self.h[kept : self.size, :kept] = inner, outer
-
-    def _append(self, fresh: Tensor) -> int:
-        count = min(len(fresh), len(self.rows) - self.size)
-        self.rows[self.size : self.size + count] = fresh[:count]
-        self.h[self.size : self.size + count, : self.done + self.pending] = 0
-        self.size += count
-        return count
-
-    def _turn(self, directions: Matrix) -> None:
-        """Turn the pending rows so that the combinations `directions` come first."""
-        if torch.equal(directions, _eye(len(directions))[:, : directions.shape[1]]):
-            return
-        turn = torch.linalg.qr(directions, mode="complete")[0]
-        turn[:, : directions.shape[1]] = directions
-        pending = slice(self.done, self.size)
-        self.rows[pending] = turn.T.to(self.rows) @ self.rows[pending]
-        self.h[pending, : self.done] = turn.T @ self.coupling()
-
-    def _floor(self) -> float:
-        """Return the norm at which what is left of a product is rounding."""
-        return 2 * torch.finfo(self.op.dtype).eps * self.scale
-
-    def _split_row(self, row: Tensor, near: int) -> tuple[Matrix, Tensor, Matrix]:
-        """Do to a product of one row what `_split` does to a block, waiting for the device once, not at every pass."""
-        starts = [near, 0] if near else [0]
-        sizes, parts, fresh = [row.norm(dtype=torch.float64)], [], row
-        for first in starts:
-            fresh = fresh / sizes[-1].to(fresh)
-            rows = self.rows[first : self.size]
-            part = rows @ fresh.T
-            fresh = fresh - part.T @ rows
-            parts.append(part.flatten().double())
-            sizes.append(fresh.norm(dtype=torch.float64))
-        lengths = [len(sizes), *map(len, parts)]
-        known, *parts = torch.split(torch.cat([torch.stack(sizes), *parts]).cpu(), lengths)
-        self.scale = max(self.scale, float(known[0]))
-        inside, outside = torch.zeros(self.size, 1, dtype=torch.float64, device="cpu"), known[0]
-        for first, part, size in zip(starts, parts, known[1:], strict=True):
-            if outside <= self._floor():
-                break
-            inside[first:, 0] += part * outside
-            outside = outside * size
-        if outside <= self._floor():
-            return inside, row[:0], outside.new_zeros(0, 1)
-        fresh = fresh / sizes[-1].to(fresh)
-        if known[-1] > 0.5:
-            return inside, fresh, outside.reshape(1, 1)
-        more, fresh, left = self._split(fresh, 0, self._floor() / float(outside))
-        return inside + more * outside, fresh, left * outside
-
-    def _split(self, block: Tensor, near: int, floor: float) -> tuple[Matrix, Tensor, Matrix]:
-        """Write block = inside^T rows + outside^T fresh, fresh rows orthonormal; what is below floor is dropped."""
-        inside = torch.zeros(self.size, len(block), dtype=torch.float64, device="cpu")
-        fresh, outside, _ = _normalized(block, _eye(len(block)), floor)
-        for first in (near, 0, 0, 0) if near else (0, 0, 0):
-            rows = self.rows[first : self.size]
-            part = rows @ fresh.T
-            fresh = fresh - part.T @ rows
-            inside[first:] += part.double().cpu() @ outside
-            fresh, outside, least = _normalized(fresh, outside, floor)
-            if first == 0 and least > 0.5:
-                break
-        return inside, fresh, outside
 
 
 @dataclass(frozen=True)
@@ -280,8 +143,8 @@ class Pairs:
 
     def follow(self, space: SearchSpace) -> None:
         """Bring the wanted pairs up to date after products: exactly where it is time, or where they may be there."""
-        seen = len(self.current)
-        if space.op.sharers > 1 and space.pending == 1 and seen < space.done < SHARED_EVERY * seen:
+        seen, every = len(self.current), SHARED_EVERY if space.op.device.type == "cpu" else SHARED_AWAY
+        if space.op.sharers > 1 and space.pending == 1 and seen < space.done < every * seen:
             return
         fresh = space.done / max(len(self.values), 1)
         if fresh < EXACT_EVERY:
@@ -305,7 +168,7 @@ class Pairs:
         old, nearest = len(self.values), self._first(len(self.values), ESTIMATED_FROM)
         since = slice(old, space.done)
         known = torch.cat([self.mix[:, nearest], self.mix.new_zeros(space.done - old, len(nearest))])
-        parts = torch.cat([known, _eye(space.done)[:, since]], dim=1)
+        parts = torch.cat([known, eye(space.done)[:, since]], dim=1)
         products = torch.cat([known * self.values[nearest], space.h[: space.done, since]], dim=1)
         products[since, : len(nearest)] = space.h[:old, since].T @ known[:old]
         _, mix = torch.linalg.eigh(parts.T @ products)
@@ -323,7 +186,7 @@ class Pairs:
 
     def directions(self, space: SearchSpace) -> Matrix:
         """Return the combinations of pending rows that improve the first pairs not yet converged."""
-        everything = _eye(space.pending)
+        everything = eye(space.pending)
         if not space.done or space.pending == 1:
             return everything
         missing = self.current[:, self._norms(space, self.current) > self.limit][:, : self.width]
@@ -340,7 +203,7 @@ class Pairs:
         spare = max(0, (len(space.rows) - self.request.k - space.pending) * 3 // 5)
         bottom = spare // 4 if self.request.smallest else 0
         kept = sorted(self._order(self.request.largest + spare - bottom, self.request.smallest + bottom))
-        mix, self.values, self.mix = self.mix[:, kept], self.values[kept], _eye(len(kept))
+        mix, self.values, self.mix = self.mix[:, kept], self.values[kept], eye(len(kept))
         self.current = self.mix[:, self._first(len(kept))]
         return mix
 
@@ -398,28 +261,3 @@ class Pairs:
     def _norms(self, space: SearchSpace, mix: Matrix) -> Tensor:
         norms: Tensor = (space.coupling() @ mix).norm(dim=0)
         return norms / (self.lambda_max or 1.0)
-
-
-def _eye(size: int) -> Matrix:
-    return torch.eye(size, dtype=torch.float64, device="cpu")
-
-
-def _normalized(block: Tensor, mix: Matrix, floor: float) -> tuple[Tensor, Matrix, float]:
-    """Write block^T mix = fresh^T outside with orthonormal fresh rows; rows that matter less than floor are dropped.
-
-    The last value tells how much of the smallest remaining row was left of norm 1. Stathopoulos and Wu (2002), "A block
-    orthogonalization procedure with constant synchronization requirements", algorithm SVQB.
-    """
-    if len(block) == 1:  # the common case, without a product in double precision
-        size = block.norm(dtype=torch.float64).cpu()
-        outside = size * mix
-        kept = int(outside.norm() > floor)
-        return block[:kept] / size.to(block), outside[:kept], float(size) if kept else 1.0
-    values, vectors = torch.linalg.eigh(gram(block, block).cpu())
-    size = values.clamp(min=0).sqrt()
-    outside = (vectors * size).T @ mix
-    kept = outside.norm(dim=1) > floor
-    if not kept.any():
-        return block[:0], outside[:0], 1.0
-    turn = (vectors[:, kept] / size[kept]).T.to(block)
-    return turn @ block, outside[kept], float(size[kept].min())

@@ -36,6 +36,6 @@ def _iterate(
         if control.step(residuals) or bool((residuals <= 0.7 * request.tol).all()):
             return x, lambda_max
         # F x = residual + value x, so the next block costs no second product.
-        products = residual_vectors + values[:, None].to(x.dtype) * x
+        products = residual_vectors + values[:, None].to(x) * x
         fresh = orthonormal(lambda_max * x - products if smallest else products)
         x = torch.cat([fresh, orthonormal(op.random_rows(len(x) - len(fresh), request.rng), fresh)])

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fisherop.rows import RowOperator, unit
 from fisherop.solvers import exact as dense
-from fisherop.solvers.contract import BASIS_BYTES, Progress, gram, orthonormal, rows_in_memory
+from fisherop.solvers.contract import BASIS_BYTES, Matrix, Progress, gram, orthonormal, rows_in_memory
 from fisherop.spectrum.estimate import (
     Estimate,
     Floats,
@@ -56,7 +56,7 @@ class Krylov:
     """Orthonormal rows Q from a Lanczos run, and F in them: Q F Q^T, ``||F Q||_F^2``, and what goes beyond the rows."""
 
     rows: Tensor
-    matrix: Tensor
+    matrix: Matrix
     squares: float
     beyond: float = 0.0
 
@@ -75,8 +75,8 @@ class Krylov:
         values, vectors = torch.linalg.eigh(self.matrix)
         # ||F x||^2 is not kept, but the residual of a Lanczos run's Ritz pair lies along the row that came next.
         residuals = vectors[-1].abs() * self.beyond
-        good = (residuals <= accuracy * values).cpu()
-        return values[good].cpu().numpy(), vectors[:, good].T.to(self.rows) @ self.rows
+        good = residuals <= accuracy * values
+        return values[good].numpy(), vectors[:, good].T.to(self.rows) @ self.rows
 
 
 def krylov(
@@ -88,7 +88,7 @@ def krylov(
     """
     size = max(1, min(size, op.n, rows_in_memory(op)))
     basis = torch.empty(size, op.n, dtype=op.dtype, device=op.device)
-    matrix = torch.zeros(size, size, dtype=torch.float64, device=op.device)
+    matrix = torch.zeros(size, size, dtype=torch.float64, device="cpu")
     row, squares, beyond = orthonormal(op.random_rows(1, rng)), 0.0, 0.0
     for j in range(size):
         basis[j] = row[0]

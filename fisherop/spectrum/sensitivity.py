@@ -153,7 +153,7 @@ def _by_signs(op: RowOperator, plan: Plan, known: Tensor | None) -> Estimate:
         space = worthwhile(op, plan.first // 2, plan.rng)
         plan = replace(plan, n_probes=plan.n_probes - len(space.rows))
         # The products with all rows but the last lie in the space.
-        known, products = space.rows[:-1].double(), space.matrix[:-1] @ space.rows.double()
+        known, products = space.rows[:-1].double(), space.matrix[:-1].to(space.rows.device) @ space.rows.double()
     else:
         products = op.rows(known).double()
     values, vectors = torch.linalg.eigh(symmetric(products @ known.double().T))
