@@ -45,7 +45,7 @@ HELD_PASSES = 4
 ROWS_EACH = 200
 """Rows of a search space that every image should have room for."""
 
-ORDER = (absorb, "rows", shelves, "factor", "factor_adjoint")
+ORDER = (absorb, "unchecked", "rows", shelves, "factor", "factor_adjoint")
 """What is done first where images ask for several things. Who is done with a search waits until all are: the next one,
 and the proofs, are then shared too."""
 
@@ -252,7 +252,7 @@ class FisherBatch:
             op.sharers = self.count
 
     def multiply(self, kind: str, asked: Mapping[int, Tensor]) -> list[Tensor]:
-        """Multiply the rows that images ask for by F ("rows"), its factor or the factor's transpose ("factor_adjoint").
+        """Multiply the rows that images ask for by F, its factor or the transpose: what `RowOperator` calls `kind`.
 
         Images that ask for less than others, or for nothing, are filled up with zeros.
         """
@@ -264,12 +264,13 @@ class FisherBatch:
         block = torch.stack(given, dim=1)
         if kind != "factor_adjoint":
             block = self._jvp(block)
-            block = self._weighted("apply" if kind == "rows" else "root", block)
+            block = self._weighted("root" if kind == "factor" else "apply", block)
         else:
             block = self._weighted("root_transpose", block)
         if kind != "factor":
             block = self._vjp(block)
-        block = finite(block)
+        if kind != "unchecked":
+            block = finite(block)
         return [block[: len(rows), i].contiguous() for i, rows in asked.items()]
 
     def _jvp(self, block: Tensor) -> Tensor:

@@ -133,9 +133,9 @@ class Reduced(RowOperator):
         """Products with F so far."""
         return self.base.n_matvec
 
-    def rows(self, block: Tensor) -> Tensor:
+    def unchecked(self, block: Tensor) -> Tensor:
         """Multiply every row by L^-1 F L^-T."""
-        return self.root.solve(self.base.rows(self.root.solve_transposed(block)))
+        return self.root.solve(self.base.unchecked(self.root.solve_transposed(block)))
 
     def factor(self, block: Tensor) -> Tensor:
         """Multiply every row of (b, n) by the factor of F and L^-T."""

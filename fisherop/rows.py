@@ -93,8 +93,12 @@ class RowOperator:
 
     def rows(self, block: Tensor) -> Tensor:
         """Multiply every row by F."""
+        return finite(self.unchecked(block))
+
+    def unchecked(self, block: Tensor) -> Tensor:
+        """Do so for a caller that will notice NaN and infinity by itself, without waiting for the device."""
         self.count("rows", len(block))
-        return finite(self._product(block))
+        return self._product(block)
 
     def factor(self, block: Tensor) -> Tensor:
         """Multiply every row of (b, n) by L."""
@@ -107,8 +111,8 @@ class RowOperator:
         return finite(self.source.factor_adjoint_rows(block))
 
     def count(self, kind: str, vectors: int) -> None:
-        """Count products with F ("rows") or its factor, also those that were made elsewhere."""
-        self._half_products += 2 * vectors if kind == "rows" else vectors
+        """Count products with F or its factor ("factor", "factor_adjoint"), also those that were made elsewhere."""
+        self._half_products += vectors if kind in ("factor", "factor_adjoint") else 2 * vectors
 
     def random_rows(self, count: int, rng: np.random.Generator) -> Tensor:
         """Draw Gaussian rows, the same on every device."""

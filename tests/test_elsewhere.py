@@ -183,11 +183,11 @@ def test_a_step_of_many_images_costs_no_more_launches_and_waits_than_one_of_two(
 
     costs = [spent(device, work(count)) for count in (2, 7)]
     assert costs[0] == costs[1]
-    assert costs[0][1] <= 2  # for the products, which must be finite, and for their parts in the space
+    assert costs[0][1] <= 1
 
 
 @pytest.mark.filterwarnings("ignore::fisherop.ConvergenceWarning")
-def test_a_step_of_one_image_waits_twice(device):
+def test_a_step_of_one_image_waits_once(device):
     F = fisher(PLACE)[0]
     _, waits = spent(device, lambda n: fo.eigendistortions(F, 2, "BE", "lanczos", tol=1e-12, rng=0, maxiter=n))
-    assert waits <= 2
+    assert waits <= 1

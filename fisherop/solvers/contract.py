@@ -157,7 +157,7 @@ class Found:
 
 
 Answer = TypeVar("Answer")
-Kind = Literal["rows", "factor", "factor_adjoint"]
+Kind = Literal["rows", "unchecked", "factor", "factor_adjoint"]
 Ask = tuple[Kind, Tensor] | tuple[Callable[[list[Any]], list[Any]], Any]
 """A product that is wanted: the method of the operator, and the rows to multiply; or a function that does for many what
 is wanted, given a list, and what it should be given for this one."""

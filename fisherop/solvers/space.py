@@ -10,13 +10,14 @@ taken in by as few operations as for one space, with a single wait for the devic
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fisherop.rows import RowOperator, row_norms, unit
+from fisherop.rows import RowOperator, finite, row_norms, unit
 from fisherop.solvers.contract import Matrix, Steps, gram
 
 COLUMNS = 1 << 14
@@ -67,13 +68,19 @@ class SearchSpace:
     def expand(self, directions: Matrix) -> Steps[None]:
         """Multiply combinations of the pending rows by F."""
         self._turn(directions)
-        products = yield "rows", self.rows[self.done : self.done + directions.shape[1]]
+        products = yield "unchecked", self.rows[self.done : self.done + directions.shape[1]]
         # A Krylov product lies in the rows of the last step, those of this one and the pending ones.
         if len(products) == 1:
             yield absorb, (self, products)
         else:
-            self.scale = max(self.scale, float(row_norms(products).max()))
+            self._notice(products, float(row_norms(products).max()))
             self._take(*self._split(products, self.near, self._floor()))
+
+    def _notice(self, products: Tensor, size: float) -> None:
+        """Take note of the largest norm of products, and refuse them where it shows NaN or infinity."""
+        if not math.isfinite(size):
+            finite(products)
+        self.scale = max(self.scale, size)
 
     def restart(self, mix: Matrix) -> None:
         """Keep of the multiplied rows the combinations `mix`, which must be Ritz vectors, and all pending rows."""
@@ -192,8 +199,8 @@ def _absorb(spaces: list[SearchSpace], rows: Tensor) -> None:
     fresh = fresh / norms[-1].to(fresh)
     table = torch.cat([*norms, *parts], dim=1).cpu().numpy()
     sizes, table = table[:, : len(norms)], table[:, len(norms) :]
-    for space, size in zip(spaces, sizes[:, 0].tolist(), strict=True):
-        space.scale = max(space.scale, size)
+    for i, space in enumerate(spaces):
+        space._notice(rows[i : i + 1], float(sizes[i, 0]))
     floors = np.array([space._floor() for space in spaces])
     inside, outside = np.zeros(parts[-1].shape), sizes[:, 0]
     for part, left in zip(parts, sizes[:, 1:].T, strict=True):
