@@ -117,7 +117,7 @@ FUNCTIONS = {
     "sensitivity map": lambda F, G, put: fo.sensitivity_map(F, rng=0).value,
     "discriminability": lambda F, G, put: fo.discriminability(F, put(COLUMNS.T)),
     "left vectors": lambda F, G, put: fo.spectrum.left_vectors(F, fo.eigendistortions(F, 2, rng=0)),
-    "projection": lambda F, G, put: fo.project_to_null(F, put(COLUMNS.T[:1])).image,
+    "projection": lambda F, G, put: fo.project_to_null(F, put(COLUMNS.T[:1]), tol=1e-12).image,
     "sum": lambda F, G, put: values(F + G),
     "sum's distortions": lambda F, G, put: abs(fo.eigendistortions(F + G, 1, "LM", rng=0).eigendistortions),
     "mean": lambda F, G, put: values(fo.mean_fisher([F, G])),
