@@ -174,6 +174,19 @@ def spent(device, work, steps=20):
     return tuple((late - early) / steps for early, late in zip(*counts, strict=True))
 
 
+def test_the_block_size_is_measured_when_blocks_are_wanted():
+    model, image = problem()
+    dense = fo.FisherOperator(model, image) @ torch.eye(SIDE**2, dtype=torch.float64)
+    with Elsewhere():
+        F = fo.FisherOperator(model.to(PLACE), image.to(PLACE))
+        twin = fo.FisherOperator(model, F.image, tuning=F.tuning)
+        for op in (F, twin):
+            for vectors, known in ((1, False), (3, False), (20, True), (2, True)):
+                rows = torch.from_numpy(COLUMNS.T).repeat(7, 1)[:vectors]
+                close(op.rows(rows.to(PLACE)), rows @ dense)
+                assert ("block" in op.tuning) == known
+
+
 @pytest.mark.filterwarnings("ignore::fisherop.ConvergenceWarning")
 def test_a_step_of_many_images_costs_no_more_launches_and_waits_than_one_of_two(device):
     def work(count):

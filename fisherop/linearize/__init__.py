@@ -97,8 +97,8 @@ class Linearization:
     reason : str
         Why nothing better than this strategy served; empty for ``"recorded"``.
     tuning : dict
-        What was measured and chosen: the block size, the layout of images in memory, and the variant of each large
-        convolution.
+        What was measured and chosen: the layout of images in memory, the variant of each large convolution, and the
+        block size, which on a device is measured when blocks are first wanted.
     memory : int
         Bytes held for the products, the model's own weights not counted; 0 where autograd holds them.
     n_jvp, n_vjp : int
@@ -148,10 +148,17 @@ class Linearization:
         self._watch.check()
         if len(rows) == 0:
             return rows.new_zeros(0, width)
-        blocks = [product(block) for block in rows.contiguous().split(self.tuning["block"])]
+        blocks = [product(block) for block in rows.contiguous().split(self._block_size(len(rows)))]
         result = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         shared = result.untyped_storage()._cdata == rows.untyped_storage()._cdata
         return result.clone() if shared else result
+
+    def _block_size(self, vectors: int) -> int:
+        """Return how many vectors to multiply at once; where that was put off, it is measured when several come."""
+        with self._lock:
+            if "block" not in self.tuning and vectors >= min(TRIED_BLOCKS):
+                self.tuning["block"] = self._best_block()
+            return int(self.tuning.get("block", 1))
 
     def _respond(self, x: Tensor) -> Tensor:
         return flat_response(self.model(x.clone()), self.image)
@@ -212,25 +219,39 @@ class Linearization:
         with torch.no_grad(), exact_arithmetic():
             for name, program in programs.items():
                 self.tuning |= variants.choose(program, name, pinned, self.device)
-            blocks, programs = self._tuned(programs, recording.probes, pinned)
+            peak = max(program.peak_bytes() for program in programs.values())
+            room = max(1, min(LARGEST_BLOCK, _block_bytes(self.device) // peak))
+            blocks, programs = self._tuned(programs, recording.probes, pinned, room, peak)
+            self._best_block = lambda: _best_block(blocks, room, peak)[1]
             self._check_adjoint_of(*recording.probes["J"], *recording.probes["Jt"])
         self._hold(programs.values())
         return blocks[0], blocks[1]
 
     def _tuned(
-        self, programs: dict[str, Program], probes: dict[str, tuple[Tensor, Tensor]], pinned: dict[str, Any] | None
+        self,
+        programs: dict[str, Program],
+        probes: dict[str, tuple[Tensor, Tensor]],
+        pinned: dict[str, Any] | None,
+        room: int,
+        peak: int,
     ) -> tuple[list[_Block], dict[str, Program]]:
-        """Return the programs, checked, in the layout of images in memory and the block size that are fastest."""
+        """Return the programs, checked, in the layout of images in memory and the block size that are fastest.
+
+        On a device every block size that is tried is captured first, which takes longer than many a search does: there
+        the layout is that of single vectors, and the block size waits until blocks are wanted.
+        """
+        at_once = self.device.type == "cpu"
         codes = {name: code(program) for name, program in programs.items()}
         blocks = [_Block(bound(codes[name], p.constants), *probes[name]) for name, p in programs.items()]
         _replayed(blocks)
-        peak = max(program.peak_bytes() for program in programs.values())
-        room = max(1, min(LARGEST_BLOCK, _block_bytes(self.device) // peak))
         if pinned:
             self.tuning |= {key: pinned[key] for key in ("layout", "block") if key in pinned}
-            self.tuning["block"] = min(self.tuning.get("block", 1), room)
-        else:
+            if at_once or "block" in pinned:
+                self.tuning["block"] = min(self.tuning.get("block", 1), room)
+        elif at_once:
             cost, self.tuning["block"] = _best_block(blocks, room, peak)
+        else:
+            cost = min(_replayed(blocks) for _ in range(2))
         turned = variants.channels_last(programs) if not pinned or pinned.get("layout") == "channels_last" else None
         if turned is None:
             return blocks, programs
@@ -241,10 +262,12 @@ class Linearization:
             return blocks, programs
         if not pinned:
             self.tuning["layout"] = "contiguous"
-            turned_cost, block = _best_block(turned_blocks, room, peak) if single < cost else (single, 1)
-            if turned_cost >= 0.95 * cost:
+            block = {}
+            if at_once and single < cost:
+                single, block["block"] = _best_block(turned_blocks, room, peak)
+            if single >= 0.95 * cost:
                 return blocks, programs
-            self.tuning |= {"layout": "channels_last", "block": block}
+            self.tuning |= {"layout": "channels_last"} | block
         return turned_blocks, turned
 
     def _hold(self, programs: Iterable[Program]) -> None:

@@ -37,7 +37,7 @@ EXACT_EVERY = 1.1  # rows, relative to those at the last exact eigenproblem, at 
 CONFIRMED_EVERY = 1.015  # the same where the pairs seem to have converged
 ESTIMATED_FROM = 30  # Ritz vectors at each end that pairs are estimated from between
 SHARED_EVERY = 1.04  # the same for all judgements where products are shared, and cost less than a judgement
-SHARED_AWAY = 1.1  # that on a device, whose products for all images cost less than one judgement of each
+AWAY_EVERY = 1.1  # and on a device, where they cost less still
 TINY = torch.finfo(torch.float64).tiny
 
 
@@ -143,8 +143,9 @@ class Pairs:
 
     def follow(self, space: SearchSpace) -> None:
         """Bring the wanted pairs up to date after products: exactly where it is time, or where they may be there."""
-        seen, every = len(self.current), SHARED_EVERY if space.op.device.type == "cpu" else SHARED_AWAY
-        if space.op.sharers > 1 and space.pending == 1 and seen < space.done < every * seen:
+        every = SHARED_EVERY if space.op.sharers > 1 else 1.0
+        every = every if space.op.device.type == "cpu" else AWAY_EVERY
+        if space.pending == 1 and len(self.current) < space.done < every * len(self.current):
             return
         fresh = space.done / max(len(self.values), 1)
         if fresh < EXACT_EVERY:
