@@ -148,8 +148,8 @@ class Linearization:
         self._watch.check()
         if len(rows) == 0:
             return rows.new_zeros(0, width)
-        blocks = [product(block) for block in rows.contiguous().split(self._block_size(len(rows)))]
-        result = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        rows, size = rows.contiguous(), self._block_size(len(rows))
+        result = product(rows) if len(rows) <= size else torch.cat([product(block) for block in rows.split(size)])
         shared = result.untyped_storage()._cdata == rows.untyped_storage()._cdata
         return result.clone() if shared else result
 
@@ -324,7 +324,8 @@ class _Block:
                 self._check()
             if len(rows) > 1 and self.mapped is not None:
                 return self.mapped(rows.view(len(rows), *self.vector.shape)).reshape(len(rows), -1)
-            return torch.cat([self.launched(row.view_as(self.vector)).reshape(1, -1) for row in _apart(rows)])
+            single = [self.launched(row.view_as(self.vector)).reshape(1, -1) for row in _apart(rows)]
+            return single[0].contiguous() if len(rows) == 1 else torch.cat(single)
 
     def _check(self) -> None:
         mapped = torch.vmap(self.function)
