@@ -21,10 +21,11 @@ from torch import Tensor
 
 from fisherop import certificate, metric
 from fisherop.linearize import exact_arithmetic
+from fisherop.maps import whole
 from fisherop.result import ConvergenceWarning, Eigendistortions
 from fisherop.rows import RowOperator, row_norms, stream
 from fisherop.solvers import BACKENDS, ON_CUDA, Backend, Control, Progress, Request, exact, lobpcg
-from fisherop.solvers.contract import rows_in_memory
+from fisherop.solvers.contract import rows_in_memory, tolerance
 
 WHICH = ("LM", "LA", "SM", "SA", "BE")
 DENSE_ORDER = 512
@@ -124,17 +125,16 @@ def eigendistortions(
     backends = BACKENDS | ON_CUDA
     known(method, ("auto", *backends), "method")
     if M is not None:
-        operator = metric.generalized(operator, M, dense=_small(operator, method, k))
+        operator = metric.generalized(operator, M, dense=_small(operator, method, whole(k, "k")))
     request = checked_request(operator, k, which, tol, v0, rng)
     name, reason = choose(operator, request) if method == "auto" else (method, "")
     backend = backends[name]
     _check_metric(operator, name, backend, certify)
     if request.smallest and not backend.smallest:
         raise ValueError(f"method {name!r} finds the largest pairs only: use which='LM', or another method")
-    if maxiter is not None and maxiter < 1:
-        raise ValueError(f"maxiter must be at least 1, not {maxiter}")
+    most = backend.maxiter if maxiter is None else whole(maxiter, "maxiter", 1)
     known(certify, ("residuals", "probe"), "certify")
-    control = Control(operator, maxiter or backend.maxiter, callback)
+    control = Control(operator, most, callback)
     with exact_arithmetic():  # of the solver itself, not of the products alone
         found = backend.solve(operator, request, control)
         result = certificate.certify(operator, request, found, name, reason, probe=certify == "probe")
@@ -180,19 +180,14 @@ def choose(op: RowOperator, request: Request) -> tuple[str, str]:
 
 def checked_request(op: RowOperator, k: int, which: str, tol: float | None, v0: Any, rng: Any) -> Request:
     """Return what the arguments ask for; refuse those that make no sense."""
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
-        raise TypeError(f"k must be a whole number, not {k!r}")
+    k = whole(k, "k")
     if not 1 <= k <= op.n:
         raise ValueError(f"k must lie between 1 and n = {op.n}, not {k}")
     which = known(which, WHICH, "which")
-    smallest = {"L": 0, "S": int(k), "B": int(k) // 2}[which[0]]
-    if tol is None:
-        tol = max(1e-6, 100 * torch.finfo(op.dtype).eps)
-    if not 0 < tol < 1:
-        raise ValueError(f"tol is relative to the largest eigenvalue and must lie between 0 and 1, not {tol}")
-    generator = stream(rng)
+    smallest = {"L": 0, "S": k, "B": k // 2}[which[0]]
+    tol, generator = tolerance(tol, op.dtype), stream(rng)
     start = None if v0 is None else op.coordinates(_start_rows(op, v0))
-    return Request(int(k) - smallest, smallest, float(tol), generator, start)
+    return Request(k - smallest, smallest, tol, generator, start)
 
 
 def _start_rows(op: RowOperator, v0: Any) -> Tensor:

@@ -25,6 +25,7 @@ from fisherop.eigen import advice, checked_request, choose, known
 from fisherop.linearize import Linearization, exact_arithmetic
 from fisherop.linearize.autodiff import bytes_written, differentiable
 from fisherop.linearize.checks import buffers_kept, checked_image, close, flat_response, leaves
+from fisherop.maps import whole
 from fisherop.noise import Gaussian, Noise
 from fisherop.operators import InformationOperator
 from fisherop.restrict import subspace
@@ -405,8 +406,8 @@ def _check_arguments(
     known(method, ("auto", *ABLE), "method")
     known(certify, ("residuals", "probe"), "certify")
     for name, number in (("maxiter", maxiter), ("batch", batch)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} must be at least 1, not {number}")
+        if number is not None:
+            whole(number, name, 1)
     if v0 is not None and len(v0) != count:
         raise ValueError(f"v0 holds starts for {len(v0)} images, and there are {count}: give one for each")
 

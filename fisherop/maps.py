@@ -80,14 +80,17 @@ def number(x: Any, name: str) -> float:
     return float(found)
 
 
-def whole(x: Any, name: str) -> int:
+def whole(x: Any, name: str, least: int | None = None) -> int:
     """Return a whole number, of whatever type: Python's, NumPy's, or the only entry of an array or a tensor."""
     try:
         if isinstance(x, (bool, np.bool_)):
             raise TypeError
-        return operator.index(x)
+        found = operator.index(x)
     except TypeError:
         raise TypeError(f"{name} must be a whole number, not {x!r}") from None
+    if least is not None and found < least:
+        raise ValueError(f"{name} must be at least {least}, not {found}")
+    return found
 
 
 def _own(matrix: Tensor | NDArray[Any], device: torch.device, dtype: torch.dtype) -> Tensor:

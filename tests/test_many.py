@@ -369,6 +369,7 @@ def test_a_response_that_is_no_numbers_is_refused_as_for_one_image(respond, mess
         ({"tol": 2.0}, "tol is relative"),
         ({"maxiter": 0}, "maxiter must be at least 1"),
         ({"batch": 0}, "batch must be at least 1"),
+        ({"batch": 1.5}, "batch must be a whole number, not 1.5"),
         ({"v0": [torch.ones(4)]}, "v0 holds starts for 1 images, and there are 2"),
         ({"rng": "seed"}, "rng must be"),
         ({"certify": "maybe"}, "certify must be one of"),

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fisherop.maps import number
 from fisherop.rows import RowOperator, unit
 
 BASIS_BYTES = 1 << 30
@@ -218,6 +219,16 @@ def ritz(rows: Tensor, products: Tensor, largest: int, smallest: int) -> tuple[T
     x = mix @ rows
     residuals = mix @ products - values[order, None].to(rows) * x
     return values[order], x, residuals
+
+
+def tolerance(tol: Any, dtype: torch.dtype = torch.float64) -> float:
+    """Return the residual asked for, relative to the largest eigenvalue; by default what the dtype has room for."""
+    if tol is None:
+        return max(1e-6, 100 * torch.finfo(dtype).eps)
+    found = number(tol, "tol")
+    if not 0 < found < 1:
+        raise ValueError(f"tol is relative to the largest eigenvalue and must lie between 0 and 1, not {found}")
+    return found
 
 
 def rounding(op: RowOperator) -> float:

@@ -20,10 +20,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop.linearize import exact_arithmetic
+from fisherop.maps import whole
 from fisherop.operators import InformationOperator
 from fisherop.rows import RowOperator, row_norms, stream, unit
 from fisherop.solvers import lanczos
-from fisherop.solvers.contract import Control, Found, Progress, Request, gram, largest_ritz_value, orthonormal
+from fisherop.solvers.contract import (
+    Control,
+    Found,
+    Progress,
+    Request,
+    gram,
+    largest_ritz_value,
+    orthonormal,
+    tolerance,
+)
 
 MAXITER = 2000
 ROUNDS = 4
@@ -151,13 +161,10 @@ def project_to_null(
     (0.962, True)
     """
     operator = RowOperator(op)
-    tol = max(1e-6, 100 * torch.finfo(operator.dtype).eps) if tol is None else tol
-    if not 0 < tol < 1:
-        raise ValueError(f"tol is relative to the largest eigenvalue and must lie between 0 and 1, not {tol}")
-    if maxiter is not None and maxiter < 1:
-        raise ValueError(f"maxiter must be at least 1, not {maxiter}")
+    tol = tolerance(tol, operator.dtype)
+    most = MAXITER if maxiter is None else whole(maxiter, "maxiter", 1)
     row = _row(operator, image)
-    control = Control(operator, maxiter or MAXITER, callback)
+    control = Control(operator, most, callback)
     lambda_max = largest_ritz_value(operator, Request(1, 0, tol, stream(0)))
     projection = Projection(operator, row, lambda_max)
     least = 1e3 * torch.finfo(operator.dtype).eps

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fisherop.maps import whole
 from fisherop.rows import RowOperator, stream
 from fisherop.solvers.contract import Progress, asks_to_stop
 
@@ -118,8 +119,7 @@ def planned(
     """Check the arguments that all estimators share; `most` is the default where `rtol` decides when to stop."""
     if n_probes is None:
         n_probes = default if rtol is None else most
-    if isinstance(n_probes, bool) or not isinstance(n_probes, (int, np.integer)):
-        raise TypeError(f"n_probes must be a whole number, not {n_probes!r}")
+    n_probes = whole(n_probes, "n_probes")
     if n_probes < 4:
         raise ValueError(f"n_probes must be at least 4, for fewer do not tell their own uncertainty, not {n_probes}")
     if rtol is not None and not 0 < rtol < 1:
@@ -129,7 +129,7 @@ def planned(
         )
     generator = stream(rng)
     first = n_probes if rtol is None else min(n_probes, default)
-    return Plan(int(n_probes), int(first), rtol, generator, callback)
+    return Plan(n_probes, first, rtol, generator, callback)
 
 
 def more(plan: Plan, probes: float) -> Plan:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherop.maps import whole
 from fisherop.rows import RowOperator, row_norms, unit
 from fisherop.solvers.contract import rows_in_memory
 from fisherop.spectrum.estimate import Estimate, Floats, Judged, Plan, between
@@ -222,10 +223,8 @@ def affordable(op: RowOperator, plan: Plan, steps: int) -> bool:
 
 def checked_steps(op: RowOperator, steps: int | None, default: int = STEPS) -> int:
     """Return how many steps a Lanczos run may take: as asked for, as there are dimensions, as memory has room for."""
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 2):
-        raise ValueError(f"steps must be a whole number of at least 2, not {steps!r}")
-    room = rows_in_memory(op)
-    return int(max(2, min(steps or default, op.n, room)))
+    wanted = default if steps is None else whole(steps, "steps", 2)
+    return int(max(2, min(wanted, op.n, rows_in_memory(op))))
 
 
 def batch_size(op: RowOperator, steps: int) -> int:

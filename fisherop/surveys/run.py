@@ -24,8 +24,10 @@ from typing import Any
 import numpy as np
 
 from fisherop.eigen import WHICH
+from fisherop.maps import whole
 from fisherop.noise import Noise
 from fisherop.solvers import BACKENDS
+from fisherop.solvers.contract import tolerance
 from fisherop.surveys.cells import Cell, Grid, Settings, packed, root_seed
 from fisherop.surveys.opened import Survey
 from fisherop.surveys.store import DONE, FAILED, Store
@@ -135,7 +137,7 @@ def survey(
     array([ True,  True])
     """
     settings = _checked_settings(k, which, method, tol, maxiter, noise, spectrum, rng)
-    threads = _count(threads, "threads")
+    threads = whole(threads, "threads", 1)
     _check_executor(executor)
     grid = Grid(models, images, layers, settings)
     cells = grid.cells()
@@ -163,28 +165,20 @@ def _checked_settings(
         raise ValueError(f"which must be one of {', '.join(WHICH)}, not {which!r}")
     if method not in ("auto", *BACKENDS):
         raise ValueError(f"method must be one of auto, {', '.join(BACKENDS)}, not {method!r}")
-    if tol is not None and not (isinstance(tol, (int, float, np.number)) and 0 < tol < 1):
-        raise ValueError(f"tol is relative to the largest eigenvalue and must lie between 0 and 1, not {tol!r}")
     if noise is not None and not hasattr(noise, "at"):
         raise TypeError(f"noise must be one of fisherop.noise, not {type(noise).__name__}")
     if not isinstance(spectrum, (bool, np.bool_)):
         raise TypeError(f"spectrum must be True or False, not {spectrum!r}")
     return Settings(
-        _count(k, "k"),
+        whole(k, "k", 1),
         str(which),
         str(method),
-        None if tol is None else float(tol),
-        None if maxiter is None else _count(maxiter, "maxiter"),
+        None if tol is None else tolerance(tol),
+        None if maxiter is None else whole(maxiter, "maxiter", 1),
         noise,
         bool(spectrum),
         root_seed(rng),
     )
-
-
-def _count(x: Any, name: str) -> int:
-    if isinstance(x, bool) or not isinstance(x, (int, np.integer)) or x < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, not {x!r}")
-    return int(x)
 
 
 def _check_executor(executor: Any) -> None:
