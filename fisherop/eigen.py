@@ -214,7 +214,8 @@ def advice(result: Eigendistortions, control: Control, method: str, doubt: str) 
     count = f"{int((~result.converged).sum())} of {len(result)}"
     missed = f"{count} pairs did not reach tol={result.tol:.1e} (worst {worst:.1e})"
     if control.stopped:
-        return f"{missed}: the callback stopped {method!r}; pass v0=result.eigendistortions to go on"
+        way = "with method='lanczos'" if method == "exact" else "to go on"
+        return f"{missed}: the callback stopped {method!r}; pass v0=result.eigendistortions {way}"
     if control.iteration >= control.maxiter and method != "exact":
         return (
             f"{missed} within {control.iteration} steps of {method!r}: raise maxiter, pass "

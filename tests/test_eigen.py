@@ -201,6 +201,24 @@ def test_a_callback_sees_every_step_and_can_stop(method):
         assert all(1e-9 < p.residuals.max() < 10 for p in seen)
 
 
+@pytest.mark.parametrize("m", [150, 300])
+@pytest.mark.parametrize("factored", [True, False])
+def test_a_dense_problem_that_is_stopped_gives_the_best_of_what_it_has_seen(factored, m):
+    L = torch.randn(m, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    image = torch.zeros(1, 200, dtype=torch.float64)
+    F = fo.FisherOperator(lambda x: x @ L.T, image) if factored else (L.T @ L).numpy()
+    tops = []
+    for steps in (1, 2):
+        with pytest.warns(fo.ConvergenceWarning, match=r"stopped 'exact'; pass v0=.* with method='lanczos'"):
+            r = fo.eigendistortions(F, 6, "BE", "exact", rng=0, callback=lambda p, s=steps: p.iteration == s)
+        assert r.n_matvec <= 64 * steps + 6
+        assert not r.converged.any()
+        assert r.nullity == (200 - m if factored and m < 200 else 0)  # what the shape says
+        tops.append(r.eigenvalues[0])
+    whole = fo.eigendistortions(F, 6, "BE", "exact", rng=0)
+    assert 0.3 * whole.lambda_max < tops[0] < tops[1] < whole.lambda_max  # by interlacing
+
+
 @pytest.mark.parametrize("method", ["lanczos", "davidson", "nullspace", "power"])
 @pytest.mark.parametrize("which", ["LM", "SM"])
 def test_residuals_are_told_of_either_end(method, which):

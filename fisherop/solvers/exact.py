@@ -25,6 +25,8 @@ def steps(op: RowOperator, request: Request, control: Control) -> Steps[Found]:
     if op.m and op.m < op.n:
         return (yield from _short_side(op, request, control))
     images = (yield from _images_of_identity("factor" if op.factored else "rows", op.n, op, control)).double()
+    if len(images) < op.n:
+        return _best_in(images, op, request)
     if op.factored:
         values, vectors = _left(images, op)
     else:
@@ -53,7 +55,7 @@ def _short_side(op: RowOperator, request: Request, control: Control) -> Steps[Fo
     assert op.m is not None
     factor = (yield from _images_of_identity("factor_adjoint", op.m, op, control)).double()
     values, left, factor = _right(factor, op)
-    rank = op.m - _zeros(values, op)
+    rank = len(factor) - _zeros(values, op)
     left = left[:, :rank]
     wanted = [*range(request.largest), *range(op.n - request.smallest, op.n)]
     positive = [i for i in wanted if i < rank]
@@ -63,16 +65,27 @@ def _short_side(op: RowOperator, request: Request, control: Control) -> Steps[Fo
         for _ in range(2):
             null = null - ((null @ factor.T) @ left) @ left.T @ factor
         rows = torch.cat([rows, orthonormal(null)])
-    return Found(rows.to(op.dtype), float(values[0]), op.n - rank)
+    return Found(rows.to(op.dtype), float(values[0]), op.n - rank if len(factor) == op.m else None)
+
+
+def _best_in(images: Tensor, op: RowOperator, request: Request) -> Found:
+    """Return the Ritz pairs in the span of the first unit vectors, whose images were computed before a stop."""
+    size = len(images)
+    values, vectors = _left(images, op) if op.factored else _descending(symmetric(images[:, :size]))
+    places = [size - 1 - i for i in request.places(size, request.largest, request.smallest)]
+    return Found(torch.nn.functional.pad(vectors[:, places].T.to(op.dtype), (0, op.n - size)), float(values[0]))
 
 
 def _images_of_identity(product: Kind, order: int, op: RowOperator, control: Control) -> Steps[Tensor]:
-    blocks = []
+    """Return the images of the unit vectors, in their order; of the first ones only where the callback stops it."""
+    blocks: list[Tensor] = []
     for start in range(0, order, BLOCK):
         rows = torch.zeros(min(BLOCK, order - start), order, dtype=op.dtype, device=op.device)
         rows.diagonal(start).fill_(1)
         blocks.append((yield product, rows))
         control.step()
+        if control.stopped:
+            break
     return torch.cat(blocks)
 
 
