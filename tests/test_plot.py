@@ -481,6 +481,10 @@ def test_linearity_needs_the_operator_of_the_result():
         plot.linearity(fo.JacobianOperator(nn.Identity(), torch.ones(4)), result)
     with pytest.raises(ValueError, match="3 pixels and the result 4"):
         plot.linearity(fo.FisherOperator(nn.Identity(), torch.ones(3)), result)
+    with pytest.raises(ValueError, match="a value of 4, the result 1: pass the operator that the result is of"):
+        plot.linearity(fo.FisherOperator(lambda x: 2 * x, torch.ones(4)), result)
+    with pytest.raises(ValueError, match=r"a value of 1, the result 0\.25"):
+        plot.linearity(F, fo.eigendistortions(F, M=4.0))
     for alphas in ([], [0.0], [-1.0], [np.nan]):
         with pytest.raises(ValueError, match="alphas must be positive"):
             plot.linearity(F, result, alphas=alphas)

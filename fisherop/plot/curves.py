@@ -25,6 +25,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from fisherop.compare import discriminability
 from fisherop.maps import real
 from fisherop.operators import FisherOperator
 from fisherop.plot.pairs import places
@@ -37,6 +38,9 @@ Floats = NDArray[np.float64]
 
 ROUNDING = 32
 """Units in the last place of the largest eigenvalue that `eigenvalue_bounds` allow for rounding."""
+
+SAME = 1e-3
+"""How far, relative to the largest eigenvalue, a value may be from what the operator says of its vector."""
 
 GREY, SHADE = "0.45", "0.93"
 
@@ -376,6 +380,7 @@ def linearity(
         raise TypeError(f"linearity needs the FisherOperator, which knows the model, not {type(op).__name__}")
     if order_of(result) != op.image.numel():
         raise ValueError(f"the operator has {op.image.numel()} pixels and the result {order_of(result)}: pass its own")
+    _check_same(op, result)
     chosen = _spread(len(result)) if pairs is None else places(result, pairs)
     sizes = _checked_sizes(alphas, op)
     rounding = _rounding(op)
@@ -410,6 +415,18 @@ def linearity(
 
 _PLUS: dict[str, Any] = {"marker": "^", "markersize": 4.5, "fillstyle": "full"}
 _MINUS: dict[str, Any] = {"marker": "v", "markersize": 6.5, "fillstyle": "none"}
+
+
+def _check_same(op: FisherOperator, result: Eigendistortions) -> None:
+    """Refuse a result that is not the operator's, or that of a generalized problem: its values are not those of F."""
+    measured = np.atleast_1d(discriminability(op, result.eigendistortions)) ** 2
+    off = np.abs(measured - result.eigenvalues)
+    i = int(off.argmax())
+    if off[i] > SAME * max(result.lambda_max, measured.max()):
+        raise ValueError(
+            f"the operator gives the pair of index {result.index[i]} a value of {measured[i]:.4g}, the result "
+            f"{result.eigenvalues[i]:.4g}: pass the operator that the result is of"
+        )
 
 
 def _spread(k: int) -> list[int]:
