@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from scipy.sparse import eye_array, issparse
 from torch import Tensor
 
+from fisherop.algebra import TensorOperator, check_spaces
 from fisherop.eigen import eigendistortions
 from fisherop.maps import number, real
 from fisherop.metric import check_images
-from fisherop.operators import InformationOperator, TensorOperator, check_spaces
+from fisherop.operators import InformationOperator
 from fisherop.result import Eigendistortions
 from fisherop.rows import RowOperator, unit
 from fisherop.solvers import Progress

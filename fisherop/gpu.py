@@ -21,7 +21,7 @@ from torch.utils.dlpack import from_dlpack
 from fisherop.linearize import Product
 
 if TYPE_CHECKING:
-    from fisherop.operators import TensorOperator
+    from fisherop.algebra import TensorOperator
 
 
 def import_cupy() -> ModuleType:

@@ -20,8 +20,8 @@ import torch
 from scipy.sparse import issparse
 from torch import Tensor
 
+from fisherop.algebra import TensorOperator, check_spaces
 from fisherop.maps import real
-from fisherop.operators import TensorOperator, check_spaces
 from fisherop.rows import RowOperator, row_norms, stream, unit
 from fisherop.solvers.contract import gram, ritz_values, symmetric
 

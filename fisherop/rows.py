@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop import gpu
+from fisherop.algebra import NUMPY_DTYPE, TensorOperator
 from fisherop.linearize import Product
 from fisherop.maps import row_products
-from fisherop.operators import NUMPY_DTYPE, InformationOperator, TensorOperator
+from fisherop.operators import InformationOperator
 
 if TYPE_CHECKING:
     from fisherop.metric import Metric

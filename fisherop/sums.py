@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fisherop.algebra import check_spaces
 from fisherop.maps import real
-from fisherop.operators import InformationOperator, check_spaces
+from fisherop.operators import InformationOperator
 
 
 def sum_fisher(

@@ -14,7 +14,7 @@ from strategies import block, fishers, operators, seeds
 
 import fisherop as fo
 from fisherop import testing
-from fisherop.operators import TensorOperator
+from fisherop.algebra import TensorOperator
 
 ANY = (
     testing.assert_linear,

@@ -14,7 +14,7 @@ from scipy.sparse.linalg._interface import IdentityOperator
 
 import fisherop as fo
 from fisherop import testing
-from fisherop.operators import TensorOperator
+from fisherop.algebra import TensorOperator
 from fisherop.testing import strategies
 
 SEEDS = range(20)

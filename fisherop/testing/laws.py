@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fisherop.operators import TensorOperator
+from fisherop.algebra import TensorOperator
 from fisherop.testing.probe import COUNT, KRYLOV_STEPS, Probe
 
 SCALES = (2.0**-10, 2.0**10)
