@@ -3,6 +3,7 @@
     python benchmarks/gpu.py --json gpu.json             all figures, on the card
     python benchmarks/gpu.py --only many product         some of them
     python benchmarks/gpu.py --device cpu --tiny         the same steps on small problems, to see that they run
+    python benchmarks/gpu.py --device cpu --only many --side 32 --images 16
 
 float32, weights random, images random; the first run of everything warms the libraries up and is not counted.
 """
@@ -17,7 +18,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to see that it runs")
     parser.add_argument("--tiny", action="store_true", help="small problems, whose figures mean nothing")
+    parser.add_argument("--side", type=int, metavar="PIXELS", help="of the images of `product`, `many` and `truth`")
+    parser.add_argument("--images", type=int, metavar="COUNT", help="how many images `many` takes")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to a file")
     args = parser.parse_args()
@@ -268,11 +271,13 @@ def main() -> None:
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{card}, torch {torch.__version__}, CUDA {torch.version.cuda}, float32\n")
     warnings.simplefilter("ignore")
+    given = {name: getattr(args, name) for name in ("side", "images") if getattr(args, name) is not None}
+    sizes = replace(TINY if args.tiny else Sizes(), **given)
     figures: list[Figure] = []
     start = time.perf_counter()
     for name in args.only:
         try:
-            for figure in SECTIONS[name](device, TINY if args.tiny else Sizes()):
+            for figure in SECTIONS[name](device, sizes):
                 figures.append(figure)
                 print(figure, flush=True)
         except Exception as error:  # the other figures are worth having
