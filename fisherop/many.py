@@ -23,7 +23,7 @@ from torch import Tensor
 from fisherop import certificate
 from fisherop.eigen import advice, checked_request, choose, known
 from fisherop.linearize import Linearization, exact_arithmetic
-from fisherop.linearize.autodiff import bytes_written, differentiable
+from fisherop.linearize.autodiff import bytes_written, differentiable, free_memory
 from fisherop.linearize.checks import buffers_kept, checked_image, close, flat_response, leaves
 from fisherop.maps import whole
 from fisherop.noise import Gaussian, Noise
@@ -446,7 +446,7 @@ def _batch_size(model: Callable[[Tensor], Any], images: Tensor) -> int:
     """Return how many images to take at once: what memory has room for, as long as the model takes them no slower."""
     with differentiable(), torch.no_grad():
         held = HELD_PASSES * bytes_written(lambda: _respond(model, images[:1]))
-        memory = torch.cuda.mem_get_info(images.device)[0] // 3 if images.is_cuda else MEMORY
+        memory = free_memory(images.device) // 3 if images.is_cuda else MEMORY
         row = images[0].numel() * images.element_size()
         most = min(len(images), memory // max(held, ROWS_EACH * row))
         sizes = [1 << i for i in range(most.bit_length()) if 1 << i < most] + [most]

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from elsewhere import PLACE, Away, Elsewhere
+from models import MODELS, build
 from scipy.sparse.linalg import aslinearoperator
 from torch import nn
 
 import fisherop as fo
+from fisherop.linearize.capture import NoWaits
 from fisherop.solvers import lanczos
 
 SIDE = 12
@@ -174,6 +176,38 @@ def spent(device, work, steps=20):
         work(maxiter)
         counts.append((device.launches.total() - before[0], device.waits.total() - before[1]))
     return tuple((late - early) / steps for early, late in zip(*counts, strict=True))
+
+
+WAITS = {
+    "value": lambda x: x.sum().item(),
+    "truth": lambda x: bool((x > 0).all()),
+    "comparison": lambda x: torch.equal(x, x),
+    "mask": lambda x: x[x > 0],
+    "mask written to": lambda x: x.__setitem__(x > 0, torch.ones(4).to(PLACE)),
+    "places": lambda x: x.nonzero(),
+    "copy to the host": lambda x: x.cpu(),
+    "copy from the host": lambda x: x.copy_(torch.ones(4)),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_what_waits_is_refused_where_a_graph_is_to_be_captured(device, name):
+    x = torch.ones(4).to(PLACE)
+    with NoWaits(), pytest.raises(RuntimeError, match=r"\w+ waits for the device"):
+        WAITS[name](x)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "fourier"])  # conjugate views are not simulated
+def test_products_wait_for_nothing(device, name):
+    model, image = build(name)
+    J = fo.JacobianOperator(model.to(PLACE) if isinstance(model, nn.Module) else model, image.to(PLACE))
+    assert J.strategy == "recorded"
+    for width in (1, 5, 5):
+        vectors = torch.ones(width, J.shape[1]).to(J.response), torch.ones(width, J.shape[0]).to(J.response)
+        (J.rows(vectors[0]), J.adjoint_rows(vectors[1]))  # measured, and checked, which may wait
+        with NoWaits():
+            for product, x in zip((J.linearization._jvp, J.linearization._vjp), vectors, strict=True):
+                product(x)
 
 
 def test_the_block_size_is_measured_when_blocks_are_wanted():

@@ -27,6 +27,7 @@ from fisherop.linearize.autodiff import (
     double_backward,
     exact_arithmetic,
     forward_mode,
+    free_memory,
     random_like,
     reverse_mode,
 )
@@ -237,8 +238,9 @@ class Linearization:
     ) -> tuple[list[_Block], dict[str, Program]]:
         """Return the programs, checked, in the layout of images in memory and the block size that are fastest.
 
-        On a device every block size that is tried is captured first, which takes longer than many a search does: there
-        the layout is that of single vectors, and the block size waits until blocks are wanted.
+        On a device whatever is tried is captured first, which takes longer than many a search does: there the layout
+        stays, for the arithmetic that gains by another one is switched off, and the block size waits until blocks are
+        wanted.
         """
         at_once = self.device.type == "cpu"
         codes = {name: code(program) for name, program in programs.items()}
@@ -250,9 +252,8 @@ class Linearization:
                 self.tuning["block"] = min(self.tuning.get("block", 1), room)
         elif at_once:
             cost, self.tuning["block"] = _best_block(blocks, room, peak)
-        else:
-            cost = min(_replayed(blocks) for _ in range(2))
-        turned = variants.channels_last(programs) if not pinned or pinned.get("layout") == "channels_last" else None
+        tried = pinned.get("layout") == "channels_last" if pinned else at_once
+        turned = variants.channels_last(programs) if tried else None
         if turned is None:
             return blocks, programs
         turned_blocks = [_Block(bound(codes[name], p.constants), *probes[name]) for name, p in turned.items()]
@@ -262,12 +263,10 @@ class Linearization:
             return blocks, programs
         if not pinned:
             self.tuning["layout"] = "contiguous"
-            block = {}
-            if at_once and single < cost:
-                single, block["block"] = _best_block(turned_blocks, room, peak)
-            if single >= 0.95 * cost:
+            turned_cost, block = _best_block(turned_blocks, room, peak) if single < cost else (single, 1)
+            if turned_cost >= 0.95 * cost:
                 return blocks, programs
-            self.tuning |= {"layout": "channels_last"} | block
+            self.tuning |= {"layout": "channels_last", "block": block}
         return turned_blocks, turned
 
     def _hold(self, programs: Iterable[Program]) -> None:
@@ -388,7 +387,7 @@ def _replayed(blocks: list[_Block]) -> float:
 
 def _block_bytes(device: torch.device) -> int:
     """Return the memory that the intermediate values of one block of vectors may take."""
-    return int(torch.cuda.mem_get_info(device)[0]) // BLOCK_SHARE if device.type == "cuda" else BLOCK_BYTES
+    return free_memory(device) // BLOCK_SHARE if device.type == "cuda" else BLOCK_BYTES
 
 
 def _apart(rows: Tensor) -> list[Tensor]:

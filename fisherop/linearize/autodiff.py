@@ -166,6 +166,12 @@ def bytes_written(call: Callable[[], object]) -> int:
     return footprint.n_bytes
 
 
+def free_memory(device: torch.device) -> int:
+    """Return the bytes to be had on a CUDA device: those that are free, and those that torch holds without use."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + unused)
+
+
 class _Footprint(TorchDispatchMode):
     """Count the bytes that operations write."""
 

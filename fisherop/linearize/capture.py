@@ -15,19 +15,22 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fisherop.linearize.checks import close
 
 SIZES = 8
 """Block sizes that graphs are kept for, the latest ones."""
-WARM_UP = 2
-"""Calls before a capture, in which libraries choose their algorithms and allocate what they keep."""
+WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "repeat_interleave"}
+WAITING |= {"_unique", "_unique2", "unique_dim", "unique_consecutive"}
+"""Operations whose result, or its shape, the host must know."""
 
 _enabled = True
 
@@ -92,7 +95,8 @@ class Captured:
             self.failure = "a replay differs from the function"
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
-                torch.cuda.empty_cache()
+                with suppress(RuntimeError):
+                    torch.cuda.empty_cache()
             self.failure = (str(error) or type(error).__name__).splitlines()[0]
         self._graphs.clear()
         return None
@@ -114,31 +118,91 @@ class _Graph:
 
 
 def _capture(function: Callable[[Tensor], Tensor], x: Tensor, shared: _Shared) -> tuple[_Graph, Tensor]:
-    """Return a graph for tensors like x, and what the function itself makes of x."""
-    source = x.clone()
-    current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-    aside.wait_stream(current)
-    with torch.cuda.stream(aside):
-        for _ in range(WARM_UP):
+    """Return a graph for tensors like x, and what the function itself makes of x.
+
+    In the calls before, libraries choose their algorithms and allocate what they keep: on the stream of the capture,
+    for they keep it for each stream, and outside the memory of the graphs.
+    """
+    source, current = x.clone(), torch.cuda.current_stream()
+    shared.stream.wait_stream(current)
+    with torch.cuda.stream(shared.stream):
+        function(source)
+        with NoWaits():
             expected = function(source)
-    current.wait_stream(aside)
+    current.wait_stream(shared.stream)
     expected = expected.clone()
-    graph = torch.cuda.CUDAGraph()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a graph that is empty, for a function that only reshapes
-        # Other threads may allocate, or launch on streams of their own, meanwhile.
-        with torch.cuda.graph(graph, pool=shared.pool, capture_error_mode="thread_local"):
-            result = function(source)
+    shared.keep()
+    graph, result = shared.captured(lambda: function(source))
     return _Graph(graph, source, result), expected
 
 
+class NoWaits(TorchDispatchMode):
+    """Refuse operations of this thread for which the host waits for a device, which no graph can hold."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        places = {x.device.type for x in tensors} - {"cpu"}
+        name = func._schema.name.removeprefix("aten::")
+        if places and (name in WAITING or _sought(name, args)):
+            raise RuntimeError(f"{name} waits for the device")
+        result = func(*args, **(kwargs or {}))
+        if name in ("_to_copy", "copy_") and len({x.device.type for x in (*tensors, result)}) > 1:
+            raise RuntimeError(f"{name} waits for the device")
+        return result
+
+
+def _sought(name: str, args: Any) -> bool:
+    """Tell whether this looks for the places where a mask is true."""
+    masks = tree_leaves(args[1]) if name in ("index", "index_put_", "index_put") else []
+    return any(isinstance(x, Tensor) and x.dtype == torch.bool for x in masks)
+
+
 class _Shared:
-    """What the graphs of a device share: memory, and the order of their replays."""
+    """What the graphs of a device share: a stream to capture on, memory, and the order of their replays."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()
         self.lock = threading.RLock()
         self.latest = torch.cuda.Event()
+        self._kept: list[Any] = []
+
+    def captured(self, work: Callable[[], Tensor]) -> tuple[Any, Tensor]:
+        """Return a graph of what is launched, and the tensor that it writes."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            return graph, self._record(graph, work)
+        except RuntimeError:
+            self._mend(graph)
+            raise
+
+    def keep(self) -> None:
+        """Keep one graph for good: memory whose last graph is gone cannot be used for another."""
+        if not self._kept:
+            self._kept.append(self.captured(self._something)[0])
+
+    def _record(self, graph: Any, work: Callable[[], Tensor]) -> Tensor:
+        with warnings.catch_warnings(), torch.cuda.stream(self.stream):
+            warnings.simplefilter("ignore")  # of a graph that is empty, for a function that only reshapes
+            # Other threads may allocate, or launch on streams of their own, meanwhile.
+            graph.capture_begin(self.pool, capture_error_mode="thread_local")
+            try:
+                return work()
+            finally:
+                graph.capture_end()
+
+    def _mend(self, failed: Any) -> None:
+        """Leave torch as it was before a capture that failed: not every version does all of that itself."""
+        with suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
+        with suppress(RuntimeError):
+            self._record(graph, self._something)
+        self._kept += [failed, graph]
+
+    def _something(self) -> Tensor:
+        return torch.zeros(1, device=self.stream.device)
 
 
 _SHARED: dict[torch.device, _Shared] = {}

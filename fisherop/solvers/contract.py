@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fisherop.linearize.autodiff import free_memory
 from fisherop.maps import number
 from fisherop.rows import RowOperator, unit
 
@@ -245,8 +246,7 @@ def rows_in_memory(op: RowOperator) -> int:
     """Return how many rows a search space may hold: on a CUDA device, half of what is free there."""
     allowed = BASIS_BYTES
     if op.device.type == "cuda":
-        unused = torch.cuda.memory_reserved(op.device) - torch.cuda.memory_allocated(op.device)
-        allowed = (torch.cuda.mem_get_info(op.device)[0] + unused) // 2
+        allowed = free_memory(op.device) // 2
     return int(allowed // op.sharers // (op.n * op.dtype.itemsize))
 
 
