@@ -20,8 +20,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
+import numpy as np
 import torch
+from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from fisherop.rows import RowOperator
@@ -148,9 +151,11 @@ class Pairs:
         if space.pending == 1 and len(self.current) < space.done < every * len(self.current):
             return
         fresh = space.done / max(len(self.values), 1)
-        if fresh < EXACT_EVERY:
+        if space.chain and space.done > self.request.k:
+            self._follow_chain(space)
+        elif fresh < EXACT_EVERY:
             self._estimate(space)
-        if fresh >= (CONFIRMED_EVERY if self._within_limit() else EXACT_EVERY):
+        if fresh >= (CONFIRMED_EVERY if self._within_limit() else math.inf if space.chain else EXACT_EVERY):
             self.update(space)
 
     def update(self, space: SearchSpace) -> None:
@@ -160,6 +165,19 @@ class Pairs:
             self.lambda_max = max(self.lambda_max, float(self.values[-1]))
             self._judge(space, self.mix[:, self._first(space.done)])
             self.converged = self._within_limit()
+
+    def _follow_chain(self, space: SearchSpace) -> None:
+        """Compute the wanted pairs alone, of a tridiagonal matrix: far less work than its whole eigenproblem."""
+        diagonal, beside = space.tridiagonal()
+        solve = partial(eigh_tridiagonal, diagonal, beside, select="i")
+        top, bottom, size = self.request.largest, self.request.smallest, space.done
+        try:
+            values, high = solve(select_range=(size - max(top, 1), size - 1))
+            low = solve(select_range=(0, bottom - 1))[1] if bottom else high[:, :0]
+        except np.linalg.LinAlgError:  # inverse iteration does not always come to an end
+            return self.update(space)
+        self.lambda_max = max(self.lambda_max, float(values[-1]) * space.scale)
+        self._judge(space, torch.from_numpy(np.hstack([high[:, ::-1][:, :top], low[:, ::-1]])))
 
     def _estimate(self, space: SearchSpace) -> None:
         """Approximate the pairs from the Ritz vectors next to them when last computed, and the rows multiplied since.

@@ -15,12 +15,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop.rows import RowOperator, finite, row_norms, unit
 from fisherop.solvers.contract import Matrix, Steps, gram
 
 COLUMNS = 1 << 14
+
+Floats = NDArray[np.float64]
 
 
 class SearchSpace:
@@ -32,6 +35,7 @@ class SearchSpace:
         self.h: Matrix = torch.zeros(len(self.rows), len(self.rows), dtype=torch.float64, device="cpu")
         self.done = self.size = self.near = 0
         self.scale = 0.0
+        self.chain = True  # all of it is one Lanczos run, from one row: F is tridiagonal in it
 
     @property
     def pending(self) -> int:
@@ -58,12 +62,19 @@ class SearchSpace:
     def inject(self, rows: Tensor) -> int:
         """Add what is new in `rows` to the pending ones, and return how many rows that gave."""
         _, fresh, _ = self._split(unit(rows), 0, floor=1e-5)
+        self.chain = self.size == 0 and len(fresh) == 1
         return self._append(fresh)
+
+    def tridiagonal(self) -> tuple[Floats, Floats]:
+        """Return the diagonal of F in the multiplied rows of a chain, and what is beside it, in units of `scale`."""
+        diagonal, beside = (self.h.diagonal(-i)[: self.done - i].numpy() / (self.scale or 1.0) for i in (0, 1))
+        return diagonal, beside
 
     def lock(self, rows: Tensor) -> None:
         """Take orthonormal rows for eigenvectors, which need no product."""
         self.rows[: len(rows)] = rows
         self.done = self.size = self.near = len(rows)
+        self.chain = False
 
     def expand(self, directions: Matrix) -> Steps[None]:
         """Multiply combinations of the pending rows by F."""
@@ -90,7 +101,7 @@ class SearchSpace:
         for columns in torch.split(self.rows, COLUMNS, dim=1):  # in pieces: no second basis in memory
             columns[: kept + pending] = torch.cat([turn @ columns[: self.done], columns[self.done : self.size]])
             columns[kept + pending : self.size] = 0
-        self.done, self.size, self.near = kept, kept + pending, 0
+        self.done, self.size, self.near, self.chain = kept, kept + pending, 0, False
         self.h[:kept, :kept], self.h[kept : self.size, :kept] = inner, outer
 
     def _append(self, fresh: Tensor, *, shelved: bool = False) -> int:
