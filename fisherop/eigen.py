@@ -138,7 +138,7 @@ def eigendistortions(
     with exact_arithmetic():  # of the solver itself, not of the products alone
         found = backend.solve(operator, request, control)
         result = certificate.certify(operator, request, found, name, reason, probe=certify == "probe")
-    if result.lambda_max == 0:
+    if result.lambda_max == 0 and not found.doubt:
         warnings.warn("F = 0: every direction is a null direction, and these are arbitrary ones", stacklevel=2)
     elif not result.converged.all() or found.doubt:
         warnings.warn(advice(result, control, name, found.doubt), ConvergenceWarning, stacklevel=2)
@@ -209,7 +209,8 @@ def known(name: Any, names: tuple[str, ...], what: str) -> str:
 def advice(result: Eigendistortions, control: Control, method: str, doubt: str) -> str:
     """Return why a result is not all that was asked for, and what to change."""
     if result.converged.all():
-        return f"all {len(result)} pairs are eigenpairs, but {method!r} was {doubt}: raise maxiter"
+        remedy = "let the callback go on" if control.stopped else "raise maxiter"
+        return f"all {len(result)} pairs are eigenpairs, but {method!r} was {doubt}: {remedy}"
     worst = result.residuals.max()
     count = f"{int((~result.converged).sum())} of {len(result)}"
     missed = f"{count} pairs did not reach tol={result.tol:.1e} (worst {worst:.1e})"

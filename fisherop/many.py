@@ -179,7 +179,7 @@ def _solved(
     control = Control(op, maxiter or backend.maxiter, report)
     found = yield from backend.steps(op, request, control)
     result = yield from certificate.certify_steps(op, request, found, name, reason, probe=probe)
-    if result.lambda_max == 0:
+    if result.lambda_max == 0 and not found.doubt:
         return result, "F = 0: every direction is a null direction, and these are arbitrary ones"
     wanting = not result.converged.all() or found.doubt
     return result, advice(result, control, name, found.doubt) if wanting else ""

@@ -48,7 +48,7 @@ class Elsewhere(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         there = target == PLACE if target is not None else away
         self._check(name, tensors, args, away)
-        self._count(name, args, away, there)
+        self._count(name, args, kwargs, away, there)
         result = func(*_values(args), **_values(kwargs))
         if name.endswith("_") and away and isinstance(args[0], Away) and args[0].shape == result.shape:
             return args[0]
@@ -66,12 +66,14 @@ class Elsewhere(TorchDispatchMode):
                 if not isinstance(x, Away) and x.ndim and not any(x is place for place in places):
                     raise RuntimeError(f"{name} mixes tensors of the device with tensors of the host")
 
-    def _count(self, name, args, away, there):
+    def _count(self, name, args, kwargs, away, there):
         if (away or there) and name not in VIEWS.split():
             self.launches[name] += 1
         sides = {isinstance(x, Away) for x in tree_leaves(args) if isinstance(x, torch.Tensor)} | {there}
-        moved = name in COPIES and len(sides) > 1
-        sought = name in INDEXING and any(isinstance(x, Away) and x.dtype == torch.bool for x in tree_leaves(args[1]))
+        sent = there and (kwargs.get("non_blocking") or (name == "copy_" and args[2:3] == (True,)))
+        moved = name in COPIES and len(sides) > 1 and not sent
+        places = [x for x in tree_leaves(args[1]) if isinstance(x, torch.Tensor)] if name in INDEXING and away else []
+        sought = any(x.dtype == torch.bool or not isinstance(x, Away) for x in places)
         if moved or sought or (away and name in (*VALUES, *FACTORIZATIONS, "nonzero")):
             self.waits[name] += 1
 
@@ -101,7 +103,7 @@ class Away(torch.Tensor):
         kwargs = kwargs or {}
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):  # a list would become an index without values
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            args = args[0], tuple(torch.tensor(i, device="cpu") if isinstance(i, list) else i for i in index), *args[2:]
+            args = args[0], tuple(_indices(i) if isinstance(i, list) else i for i in index), *args[2:]
         with torch._C.DisableTorchFunctionSubclass():
             if (
                 func in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
@@ -111,6 +113,10 @@ class Away(torch.Tensor):
             if func is torch.Tensor.tolist:
                 return args[0].cpu().tolist()
             return func(*args, **kwargs)
+
+
+def _indices(numbers):
+    return torch.tensor(numbers, device="cpu", dtype=None if numbers else torch.int64)
 
 
 def _values(arguments):

@@ -235,6 +235,19 @@ def test_a_step_of_many_images_costs_no_more_launches_and_waits_than_one_of_two(
 
 
 @pytest.mark.filterwarnings("ignore::fisherop.ConvergenceWarning")
+def test_images_that_are_done_make_no_wait_for_the_others(device):
+    images, common = problem(6)[1].to(PLACE), {"tol": 1e-12, "rng": 0, "batch": 6}
+
+    def work(n):
+        def stopped(image, progress):
+            return image > 2 and progress.iteration == 8
+
+        fo.eigendistortions_many(pooled, images, 2, "BE", "lanczos", maxiter=n, callback=stopped, **common)
+
+    assert spent(device, work)[1] == 1
+
+
+@pytest.mark.filterwarnings("ignore::fisherop.ConvergenceWarning")
 def test_a_step_of_one_image_waits_once(device):
     F = fo.FisherOperator(pooled, problem()[1].to(PLACE))
     _, waits = spent(device, lambda n: fo.eigendistortions(F, 2, "BE", "lanczos", tol=1e-12, rng=0, maxiter=n))

@@ -158,7 +158,10 @@ class Linearization:
         """Return how many vectors to multiply at once; where that was put off, it is measured when several come."""
         with self._lock:
             if "block" not in self.tuning and vectors >= min(TRIED_BLOCKS):
-                self.tuning["block"] = self._best_block()
+                try:
+                    self.tuning["block"] = self._best_block()
+                except torch.OutOfMemoryError:  # a search space may have taken what was free
+                    self.tuning["block"] = 1
             return int(self.tuning.get("block", 1))
 
     def _respond(self, x: Tensor) -> Tensor:
@@ -221,10 +224,10 @@ class Linearization:
             for name, program in programs.items():
                 self.tuning |= variants.choose(program, name, pinned, self.device)
             peak = max(program.peak_bytes() for program in programs.values())
-            room = max(1, min(LARGEST_BLOCK, _block_bytes(self.device) // peak))
-            blocks, programs = self._tuned(programs, recording.probes, pinned, room, peak)
-            self._best_block = lambda: _best_block(blocks, room, peak)[1]
+            blocks, programs = self._tuned(programs, recording.probes, pinned, peak)
             self._check_adjoint_of(*recording.probes["J"], *recording.probes["Jt"])
+        if "block" not in self.tuning:
+            self._best_block = lambda: _best_block(blocks, _room(self.device, peak), peak)[1]
         self._hold(programs.values())
         return blocks[0], blocks[1]
 
@@ -233,7 +236,6 @@ class Linearization:
         programs: dict[str, Program],
         probes: dict[str, tuple[Tensor, Tensor]],
         pinned: dict[str, Any] | None,
-        room: int,
         peak: int,
     ) -> tuple[list[_Block], dict[str, Program]]:
         """Return the programs, checked, in the layout of images in memory and the block size that are fastest.
@@ -242,7 +244,7 @@ class Linearization:
         stays, for the arithmetic that gains by another one is switched off, and the block size waits until blocks are
         wanted.
         """
-        at_once = self.device.type == "cpu"
+        at_once, room = self.device.type == "cpu", _room(self.device, peak)
         codes = {name: code(program) for name, program in programs.items()}
         blocks = [_Block(bound(codes[name], p.constants), *probes[name]) for name, p in programs.items()]
         _replayed(blocks)
@@ -385,9 +387,10 @@ def _replayed(blocks: list[_Block]) -> float:
     return sum(block.replay() for block in blocks)
 
 
-def _block_bytes(device: torch.device) -> int:
-    """Return the memory that the intermediate values of one block of vectors may take."""
-    return free_memory(device) // BLOCK_SHARE if device.type == "cuda" else BLOCK_BYTES
+def _room(device: torch.device, peak: int) -> int:
+    """Return how many vectors of so many bytes of intermediate values a block may have."""
+    allowed = free_memory(device) // BLOCK_SHARE if device.type == "cuda" else BLOCK_BYTES
+    return max(1, min(LARGEST_BLOCK, allowed // peak))
 
 
 def _apart(rows: Tensor) -> list[Tensor]:

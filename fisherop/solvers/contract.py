@@ -41,7 +41,8 @@ class Progress:
     n_matvec : int
         Products with F so far, counted per vector.
     residuals : ndarray of float64
-        Current residuals of the wanted pairs relative to the largest eigenvalue; empty where a backend hides them.
+        Current residuals of the wanted pairs relative to the largest eigenvalue: infinite for pairs that there is no
+        vector for yet; empty where a backend hides them.
     """
 
     iteration: int
@@ -70,7 +71,7 @@ class Control:
             return True
         self.iteration += 1
         if self.callback is not None:
-            shown = np.zeros(0) if residuals is None else residuals.double().cpu().numpy()
+            shown = np.zeros(0) if residuals is None else residuals.double().cpu().numpy().copy()
             self.stopped = asks_to_stop(self.callback(Progress(self.iteration, self.op.n_matvec, shown)))
         return self.ended
 

@@ -19,6 +19,7 @@ from fisherop.rows import RowOperator, row_norms, unit
 from fisherop.solvers.contract import (
     Control,
     Found,
+    Matrix,
     Request,
     gram,
     null_dimension,
@@ -30,9 +31,6 @@ from fisherop.solvers.contract import (
 SAFETY = 0.7  # part of the tolerance used: tracked residuals and the certificate's differ by rounding
 GUARD = 5  # steps before pairs that came with v0 are believed
 SPREAD = 1.1  # by how much a residual's ratio of norms may exceed those seen so far before it is measured again
-
-Matrix = Tensor
-"""Small float64 matrices on the CPU, as in `lanczos`."""
 
 
 def solve(op: RowOperator, request: Request, control: Control, *, basis: int | None = None) -> Found:

@@ -6,6 +6,8 @@ eigenvectors u give those of F as L^T u / sqrt(lambda), and everything orthogona
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from fisherop.rows import RowOperator
 from fisherop.solvers.contract import Control, Found, Kind, Request, Steps, orthonormal, rounding, run, symmetric
 
 BLOCK = 64
+STOPPED = "stopped before all of the dense problem was known"
 
 
 def solve(op: RowOperator, request: Request, control: Control) -> Found:
@@ -38,7 +41,7 @@ def steps(op: RowOperator, request: Request, control: Control) -> Steps[Found]:
 def solve_small(op: RowOperator, request: Request, control: Control) -> Found:
     """Solve a problem that is too small for an iterative method, and say so."""
     found = solve(op, request, control)
-    return Found(found.vectors, found.lambda_max, found.nullity, "n is so small that the dense problem was solved")
+    return found if found.doubt else replace(found, note="n is so small that the dense problem was solved")
 
 
 def size(op: RowOperator) -> int:
@@ -65,7 +68,9 @@ def _short_side(op: RowOperator, request: Request, control: Control) -> Steps[Fo
         for _ in range(2):
             null = null - ((null @ factor.T) @ left) @ left.T @ factor
         rows = torch.cat([rows, orthonormal(null)])
-    return Found(rows.to(op.dtype), float(values[0]), op.n - rank if len(factor) == op.m else None)
+    if len(factor) < op.m:
+        return Found(rows.to(op.dtype), float(values[0]), doubt=STOPPED)
+    return Found(rows.to(op.dtype), float(values[0]), op.n - rank)
 
 
 def _best_in(images: Tensor, op: RowOperator, request: Request) -> Found:
@@ -73,7 +78,8 @@ def _best_in(images: Tensor, op: RowOperator, request: Request) -> Found:
     size = len(images)
     values, vectors = _left(images, op) if op.factored else _descending(symmetric(images[:, :size]))
     places = [size - 1 - i for i in request.places(size, request.largest, request.smallest)]
-    return Found(torch.nn.functional.pad(vectors[:, places].T.to(op.dtype), (0, op.n - size)), float(values[0]))
+    rows = torch.nn.functional.pad(vectors[:, places].T.to(op.dtype), (0, op.n - size))
+    return Found(rows, float(values[0]), doubt=STOPPED)
 
 
 def _images_of_identity(product: Kind, order: int, op: RowOperator, control: Control) -> Steps[Tensor]:

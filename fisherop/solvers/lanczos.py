@@ -146,16 +146,17 @@ class Pairs:
 
     def follow(self, space: SearchSpace) -> None:
         """Bring the wanted pairs up to date after products: exactly where it is time, or where they may be there."""
-        every = SHARED_EVERY if space.op.sharers > 1 else 1.0
-        every = every if space.op.device.type == "cpu" else AWAY_EVERY
+        host = space.op.device.type == "cpu"
+        every = (SHARED_EVERY if space.op.sharers > 1 else 1.0) if host else AWAY_EVERY
         if space.pending == 1 and len(self.current) < space.done < every * len(self.current):
             return
         fresh = space.done / max(len(self.values), 1)
-        if space.chain and space.done > self.request.k:
+        chain = space.chain and space.done > self.request.k
+        if chain:
             self._follow_chain(space)
         elif fresh < EXACT_EVERY:
             self._estimate(space)
-        if fresh >= (CONFIRMED_EVERY if self._within_limit() else math.inf if space.chain else EXACT_EVERY):
+        if fresh >= (CONFIRMED_EVERY if self._within_limit() else math.inf if chain else EXACT_EVERY):
             self.update(space)
 
     def update(self, space: SearchSpace) -> None:

@@ -22,6 +22,10 @@ from fisherop.rows import RowOperator, finite, row_norms, unit
 from fisherop.solvers.contract import Matrix, Steps, gram
 
 COLUMNS = 1 << 14
+"""Entries of all rows that a restart combines at a time."""
+
+ROOMS = 128
+"""Rows that a shelf is rounded up to a multiple of, for spaces of about one size to lie side by side."""
 
 Floats = NDArray[np.float64]
 
@@ -100,7 +104,8 @@ class SearchSpace:
         turn = mix.T.to(self.rows)
         for columns in torch.split(self.rows, COLUMNS, dim=1):  # in pieces: no second basis in memory
             columns[: kept + pending] = torch.cat([turn @ columns[: self.done], columns[self.done : self.size]])
-            columns[kept + pending : self.size] = 0
+            if not self.shelf.apart:
+                columns[kept + pending : self.size] = 0
         self.done, self.size, self.near, self.chain = kept, kept + pending, 0, False
         self.h[:kept, :kept], self.h[kept : self.size, :kept] = inner, outer
 
@@ -176,14 +181,18 @@ class Shelf:
 
 
 def shelves(asked: list[tuple[RowOperator, int]]) -> list[Shelf]:
-    """Return memory for as many rows as each operator asks for, side by side."""
+    """Return memory for as many rows as each operator asks for, side by side for those that ask for about as many."""
     op = asked[0][0]
     rooms = [min(op.n, room) for _, room in asked]
-    together = torch.empty(len(asked), max(rooms), op.n, dtype=op.dtype, device=op.device)
-    found = [Shelf(together, place, room) for place, room in enumerate(rooms)]
-    if not found[0].apart:
-        together.zero_()
-    return found
+    sizes = [min(op.n, -(-room // ROOMS) * ROOMS) for room in rooms]
+    found: dict[int, Shelf] = {}
+    for size in set(sizes):
+        owners = [i for i, other in enumerate(sizes) if other == size]
+        together = torch.empty(len(owners), size, op.n, dtype=op.dtype, device=op.device)
+        found |= {i: Shelf(together, place, rooms[i]) for place, i in enumerate(owners)}
+        if not found[owners[0]].apart:
+            together.zero_()
+    return [found[i] for i in range(len(asked))]
 
 
 def absorb(asked: list[tuple[SearchSpace, Tensor]]) -> list[None]:
@@ -196,33 +205,34 @@ def absorb(asked: list[tuple[SearchSpace, Tensor]]) -> list[None]:
     return [None] * len(asked)
 
 
-def _absorb(spaces: list[SearchSpace], rows: Tensor) -> None:
-    """Do to a product of each space what `_split` does to a block, waiting for the device once, not at every pass.
+def _absorb(spaces: list[SearchSpace], products: Tensor) -> None:
+    """Do to a product of each space what `_split` does to a block, in two passes and with one wait for the device.
 
     Where nothing is left of a product, its numbers are NaN from there on, and are not used.
     """
-    near = min(space.near for space in spaces)
+    places, rows = _beside(spaces, products)
+    near = min((space.near for space in spaces if space.near), default=0)
     norms, parts, fresh = [_norms(rows)], [], rows
     for first in (near, 0) if near else (0,):
         part, fresh = _project(spaces, first, fresh / norms[-1].to(fresh))
         parts.append(part.double())
         norms.append(_norms(fresh))
     fresh = fresh / norms[-1].to(fresh)
-    table = torch.cat([*norms, *parts], dim=1).cpu().numpy()
+    table = torch.cat([*norms, *parts], dim=1).cpu().numpy()[places]
     sizes, table = table[:, : len(norms)], table[:, len(norms) :]
     for i, space in enumerate(spaces):
-        space._notice(rows[i : i + 1], float(sizes[i, 0]))
+        space._notice(products[i : i + 1], float(sizes[i, 0]))
     floors = np.array([space._floor() for space in spaces])
-    inside, outside = np.zeros(parts[-1].shape), sizes[:, 0]
+    inside, outside, start = np.zeros((len(spaces), parts[-1].shape[1])), sizes[:, 0], 0
     for part, left in zip(parts, sizes[:, 1:].T, strict=True):
         width, some = part.shape[1], outside > floors
-        inside[some, inside.shape[1] - width :] += table[some, :width] * outside[some, None]
-        outside, table = outside * np.where(some, left, 1), table[:, width:]
+        inside[some, -width:] += table[some, start : start + width] * outside[some, None]
+        outside, start = outside * np.where(some, left, 1), start + width
     new, clean = outside > floors, sizes[:, -1] > 0.5
     kept = [i for i, space in enumerate(spaces) if new[i] and clean[i] and space.size < len(space.rows)]
-    _shelve([spaces[i] for i in kept], fresh if len(kept) == len(spaces) else fresh[_index(kept)])
+    _shelve([spaces[i] for i in kept], [places[i] for i in kept], fresh)
     for i, space in enumerate(spaces):
-        row, own = fresh[i : i + 1], torch.from_numpy(inside[i, : space.size, None])
+        row, own = fresh[places[i]][None], torch.from_numpy(inside[i, : space.size, None])
         beyond = torch.from_numpy(outside[i : i + 1, None])
         if new[i] and not clean[i]:
             more, row, left = space._split(row, 0, float(floors[i] / outside[i]))
@@ -231,10 +241,23 @@ def _absorb(spaces: list[SearchSpace], rows: Tensor) -> None:
             space._take(own, row[: int(new[i])], beyond[: int(new[i])], shelved=True)
 
 
+def _beside(spaces: list[SearchSpace], products: Tensor) -> tuple[list[int], Tensor]:
+    """Return the products with a row for every space of the shelf where those are worked on at once, and their places.
+
+    Rows of spaces that have none, which are done or busy elsewhere, are zero.
+    """
+    shelf = spaces[0].shelf
+    if shelf.apart or len(spaces) == len(shelf.together):
+        return list(range(len(spaces))), products
+    places = [space.shelf.place for space in spaces]
+    beside = products.new_zeros(len(shelf.together), products.shape[1])
+    return places, beside.index_copy_(0, _index(places, products), products)
+
+
 def _project(spaces: list[SearchSpace], first: int, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the products of a row with each space's rows from `first` on, zero where it has none, and what is left."""
     shelf, end = spaces[0].shelf, max(space.size for space in spaces)
-    if len(spaces) == 1:
+    if len(spaces) == len(rows) == 1:
         own = spaces[0].rows[first:end]
         part = rows @ own.T
         return part, rows - part @ own
@@ -242,29 +265,27 @@ def _project(spaces: list[SearchSpace], first: int, rows: Tensor) -> tuple[Tenso
         apart = [_project([space], first, rows[i : i + 1]) for i, space in enumerate(spaces)]
         wide = [torch.nn.functional.pad(part, (0, end - first - part.shape[1])) for part, _ in apart]
         return torch.cat(wide), torch.cat([fresh for _, fresh in apart])
-    together, everyone = shelf.together[:, first:end], len(spaces) == len(shelf.together)
-    places = _index([] if everyone else [space.shelf.place for space in spaces])
-    beside = rows if everyone else torch.zeros_like(together[:, 0]).index_put((places,), rows)
-    part = torch.bmm(beside[:, None], together.mT)
-    fresh = torch.baddbmm(beside[:, None], part, together, alpha=-1)
-    return (part[:, 0], fresh[:, 0]) if everyone else (part[places, 0], fresh[places, 0])
+    together = shelf.together[:, first:end]
+    part = torch.bmm(rows[:, None], together.mT)
+    return part[:, 0], torch.baddbmm(rows[:, None], part, together, alpha=-1)[:, 0]
 
 
-def _shelve(spaces: list[SearchSpace], rows: Tensor) -> None:
-    """Write a row to the next place of each space."""
-    sizes = {space.size for space in spaces}
+def _shelve(spaces: list[SearchSpace], places: list[int], rows: Tensor) -> None:
+    """Write the rows at some places to the next places of the spaces."""
+    sizes = [space.size for space in spaces]
     if not spaces or spaces[0].shelf.apart:
-        for space, row in zip(spaces, rows, strict=True):
-            space.rows[space.size] = row
-    elif len(sizes) == 1 and len(spaces) == len(spaces[0].shelf.together):
-        spaces[0].shelf.together[:, sizes.pop()] = rows
+        for space, place in zip(spaces, places, strict=True):
+            space.rows[space.size] = rows[place]
+    elif len(set(sizes)) == 1 and len(spaces) == len(rows):
+        spaces[0].shelf.together[:, sizes[0]] = rows
     else:
-        places, next_ones = _index([space.shelf.place for space in spaces]), _index([space.size for space in spaces])
-        spaces[0].shelf.together[places, next_ones] = rows
+        chosen = _index(places, rows)
+        spaces[0].shelf.together[chosen, _index(sizes, rows)] = rows[chosen]
 
 
-def _index(numbers: list[int]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+def _index(numbers: list[int], like: Tensor) -> Tensor:
+    """Return indices on a device, which nobody waits for."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(like.device, non_blocking=True)
 
 
 def _norms(rows: Tensor) -> Tensor:
