@@ -171,6 +171,7 @@ def test_a_function_that_waits_for_the_host_is_called_step_by_step():
     for _ in range(4):
         assert torch.equal(function(x), x)
     assert "_local_scalar_dense waits" in function.failure
+    assert torch.equal(Captured(lambda x: 3 * x)(x), 3 * x)  # the device is as good as before
 
 
 BROKEN = """

@@ -380,8 +380,8 @@ def linearity(
         raise TypeError(f"linearity needs the FisherOperator, which knows the model, not {type(op).__name__}")
     if order_of(result) != op.image.numel():
         raise ValueError(f"the operator has {op.image.numel()} pixels and the result {order_of(result)}: pass its own")
-    _check_same(op, result)
     chosen = _spread(len(result)) if pairs is None else places(result, pairs)
+    _check_same(op, result, chosen)
     sizes = _checked_sizes(alphas, op)
     rounding = _rounding(op)
     fig = empty_figure() if fig is None else fig
@@ -417,15 +417,16 @@ _PLUS: dict[str, Any] = {"marker": "^", "markersize": 4.5, "fillstyle": "full"}
 _MINUS: dict[str, Any] = {"marker": "v", "markersize": 6.5, "fillstyle": "none"}
 
 
-def _check_same(op: FisherOperator, result: Eigendistortions) -> None:
+def _check_same(op: FisherOperator, result: Eigendistortions, chosen: list[int]) -> None:
     """Refuse a result that is not the operator's, or that of a generalized problem: its values are not those of F."""
-    measured = np.atleast_1d(discriminability(op, result.eigendistortions)) ** 2
-    off = np.abs(measured - result.eigenvalues)
+    measured = np.atleast_1d(discriminability(op, result.eigendistortions[chosen])) ** 2
+    values, index = result.eigenvalues[chosen], result.index[chosen]
+    off = np.abs(measured - values)
     i = int(off.argmax())
     if off[i] > SAME * max(result.lambda_max, measured.max()):
         raise ValueError(
-            f"the operator gives the pair of index {result.index[i]} a value of {measured[i]:.4g}, the result "
-            f"{result.eigenvalues[i]:.4g}: pass the operator that the result is of"
+            f"the operator gives the pair of index {index[i]} a value of {measured[i]:.4g}, the result "
+            f"{values[i]:.4g}: pass the operator that the result is of"
         )
 
 

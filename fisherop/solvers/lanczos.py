@@ -150,13 +150,13 @@ class Pairs:
         every = (SHARED_EVERY if space.op.sharers > 1 else 1.0) if host else AWAY_EVERY
         if space.pending == 1 and len(self.current) < space.done < every * len(self.current):
             return
-        fresh = space.done / max(len(self.values), 1)
-        chain = space.chain and space.done > self.request.k
-        if chain:
+        fresh, due = space.done / max(len(self.values), 1), EXACT_EVERY
+        if space.chain and space.done > self.request.k:
             self._follow_chain(space)
-        elif fresh < EXACT_EVERY:
+            due = math.inf  # these are no estimates
+        elif fresh < due:
             self._estimate(space)
-        if fresh >= (CONFIRMED_EVERY if self._within_limit() else math.inf if chain else EXACT_EVERY):
+        if fresh >= (CONFIRMED_EVERY if self._within_limit() else due):
             self.update(space)
 
     def update(self, space: SearchSpace) -> None:

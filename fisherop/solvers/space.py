@@ -212,11 +212,11 @@ def _absorb(spaces: list[SearchSpace], products: Tensor) -> None:
     """
     places, rows = _beside(spaces, products)
     near = min((space.near for space in spaces if space.near), default=0)
-    norms, parts, fresh = [_norms(rows)], [], rows
+    norms, parts, fresh = [row_norms(rows)[:, None]], [], rows
     for first in (near, 0) if near else (0,):
         part, fresh = _project(spaces, first, fresh / norms[-1].to(fresh))
         parts.append(part.double())
-        norms.append(_norms(fresh))
+        norms.append(row_norms(fresh)[:, None])
     fresh = fresh / norms[-1].to(fresh)
     table = torch.cat([*norms, *parts], dim=1).cpu().numpy()[places]
     sizes, table = table[:, : len(norms)], table[:, len(norms) :]
@@ -286,11 +286,6 @@ def _shelve(spaces: list[SearchSpace], places: list[int], rows: Tensor) -> None:
 def _index(numbers: list[int], like: Tensor) -> Tensor:
     """Return indices on a device, which nobody waits for."""
     return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(like.device, non_blocking=True)
-
-
-def _norms(rows: Tensor) -> Tensor:
-    sizes: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
-    return sizes
 
 
 def eye(size: int) -> Matrix:
