@@ -7,7 +7,7 @@ may spend a short Lanczos run on what is orthogonal to the pairs.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fisherop.result import Eigendistortions
 from fisherop.rows import RowOperator
-from fisherop.solvers.contract import Found, Request, Steps, gram, orthonormal, ritz, run, symmetric
+from fisherop.solvers.contract import Found, Request, Steps, gram, orthonormal, ritz, run, scale_fault, symmetric
 
 PROBE_STEPS = 60
 ENOUGH = 0.9
@@ -77,13 +77,16 @@ def certify_steps(
     low = (pairs.values - pairs.norms - blur).clamp(min=0)
     bounds = torch.stack([low, pairs.values + pairs.norms + blur], dim=1)
     residuals = pairs.norms / lambda_max if lambda_max > 0 else torch.zeros_like(pairs.norms)
-    converged = residuals <= request.tol
+    fault = scale_fault(op.dtype, lambda_max)
+    converged = (residuals <= request.tol) & (not fault)
+    found = replace(found, nullity=None) if fault else found
     nullity, known = _nullity(op, request, found, pairs, converged, lambda_max)
     clusters = _clusters(pairs, blur, nullity)
     words = [
         f"{method}: {int(converged.sum())} of {request.k} pairs converged to {request.tol:.1e} "
         f"in {op.n_matvec} products",
         reason,
+        fault,
         op.problem,
         f"{op.metric.n_matvec} products with M" if op.metric is not None else "",
         found.note,

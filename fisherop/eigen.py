@@ -25,7 +25,7 @@ from fisherop.maps import whole
 from fisherop.result import ConvergenceWarning, Eigendistortions
 from fisherop.rows import RowOperator, row_norms, stream
 from fisherop.solvers import BACKENDS, ON_CUDA, Backend, Control, Progress, Request, exact, lobpcg
-from fisherop.solvers.contract import rows_in_memory, tolerance
+from fisherop.solvers.contract import rows_in_memory, scale_fault, tolerance
 
 WHICH = ("LM", "LA", "SM", "SA", "BE")
 DENSE_ORDER = 512
@@ -211,6 +211,9 @@ def advice(result: Eigendistortions, control: Control, method: str, doubt: str) 
     if result.converged.all():
         remedy = "let the callback go on" if control.stopped else "raise maxiter"
         return f"all {len(result)} pairs are eigenpairs, but {method!r} was {doubt}: {remedy}"
+    fault = scale_fault(control.op.dtype, result.lambda_max)
+    if fault:
+        return f"no pair can be judged, for {fault}: rescale the model's response"
     worst = result.residuals.max()
     count = f"{int((~result.converged).sum())} of {len(result)}"
     missed = f"{count} pairs did not reach tol={result.tol:.1e} (worst {worst:.1e})"

@@ -233,6 +233,24 @@ def tolerance(tol: Any, dtype: torch.dtype = torch.float64) -> float:
     return found
 
 
+def least(dtype: torch.dtype) -> float:
+    """Return the least norm that is told from zero: norms are the roots of sums of squares in float64."""
+    return max(torch.finfo(dtype).tiny, math.sqrt(torch.finfo(torch.float64).tiny))
+
+
+def scale_fault(dtype: torch.dtype, lambda_max: float) -> str:
+    """Tell why rows of this dtype cannot carry an operator with such a largest eigenvalue; empty where they can.
+
+    What matters as little as rounding must still be above the least norm, and squares of norms below infinity.
+    """
+    eps, norms = torch.finfo(dtype).eps, torch.finfo(torch.float64)
+    low, high = least(dtype) / eps, norms.eps * math.sqrt(norms.max)
+    if lambda_max == 0 or low <= lambda_max <= high:
+        return ""
+    name = str(dtype).removeprefix("torch.")
+    return f"the largest eigenvalue, {lambda_max:.1e}, is outside {name}'s room of {low:.0e} to {high:.0e}"
+
+
 def rounding(op: RowOperator) -> float:
     """Return the level, relative to the largest eigenvalue, below which rounding cannot tell an eigenvalue from zero.
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop.rows import RowOperator, finite, row_norms, unit
-from fisherop.solvers.contract import Matrix, Steps, gram
+from fisherop.solvers.contract import Matrix, Steps, gram, least
 
 COLUMNS = 1 << 14
 """Entries of all rows that a restart combines at a time."""
@@ -138,7 +138,7 @@ class SearchSpace:
 
     def _floor(self) -> float:
         """Return the norm at which what is left of a product is rounding."""
-        return 2 * torch.finfo(self.op.dtype).eps * self.scale
+        return max(2 * torch.finfo(self.op.dtype).eps * self.scale, least(self.op.dtype))
 
     def _split(self, block: Tensor, near: int, floor: float) -> tuple[Matrix, Tensor, Matrix]:
         """Write block = inside^T rows + outside^T fresh, fresh rows orthonormal; what is below floor is dropped."""
