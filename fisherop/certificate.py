@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop.result import Eigendistortions
-from fisherop.rows import RowOperator
+from fisherop.rows import INDEFINITE, RowOperator, noise_floor
 from fisherop.solvers.contract import Found, Request, Steps, gram, orthonormal, ritz, run, scale_fault, symmetric
 
 PROBE_STEPS = 60
@@ -60,6 +60,7 @@ def certify_steps(
 ) -> Steps[Eigendistortions]:
     """Do what `certify` does, asking for every product."""
     pairs = yield from _fresh_pairs(op, found.vectors, request, found.lambda_max)
+    _check_semidefinite(op, pairs)
     lambda_max = max(found.lambda_max, float(pairs.values[0]), 0.0)
     rest, missed = None, False
     if probe and request.k < op.n:
@@ -72,10 +73,10 @@ def certify_steps(
         below = (pairs.values - improved.values)[request.largest :]
         missed = bool((ahead > slack).any() or (below > slack).any())
         pairs = improved if missed else pairs
+        _check_semidefinite(op, pairs)
         lambda_max = max(lambda_max, float(pairs.values[0]))
     blur = 32 * torch.finfo(op.dtype).eps * lambda_max * (1.0 if op.metric is None else op.metric.amplification)
-    low = (pairs.values - pairs.norms - blur).clamp(min=0)
-    bounds = torch.stack([low, pairs.values + pairs.norms + blur], dim=1)
+    bounds = torch.stack([pairs.values - pairs.norms - blur, pairs.values + pairs.norms + blur], dim=1).clamp(min=0)
     residuals = pairs.norms / lambda_max if lambda_max > 0 else torch.zeros_like(pairs.norms)
     fault = scale_fault(op.dtype, lambda_max)
     converged = (residuals <= request.tol) & (not fault)
@@ -148,6 +149,13 @@ def _fresh_pairs(op: RowOperator, rows: Tensor, request: Request, lambda_max: fl
     enough = ENOUGH * request.tol * max(lambda_max, float(values[0]))
     norms = residuals.norm(dim=1) if op.metric is None else op.metric.dual_norms(residuals, enough)
     return Pairs(values, x, norms.cpu())
+
+
+def _check_semidefinite(op: RowOperator, pairs: Pairs) -> None:
+    """Refuse an operator of which a pair proves that it has a negative eigenvalue."""
+    proven = pairs.values + pairs.norms < -noise_floor(op.dtype) * pairs.values.abs().max()
+    if bool(proven.any()):
+        raise ValueError(f"{INDEFINITE} (an eigenvalue is {float(pairs.values.min()):.3g})")
 
 
 def probe_rest(op: RowOperator, pairs: Pairs, request: Request) -> Probe:

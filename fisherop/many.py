@@ -12,7 +12,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -26,7 +25,7 @@ from fisherop.linearize import Linearization, exact_arithmetic
 from fisherop.linearize.autodiff import bytes_written, differentiable, free_memory
 from fisherop.linearize.checks import buffers_kept, checked_image, close, flat_response, leaves
 from fisherop.maps import whole
-from fisherop.noise import Gaussian, Noise
+from fisherop.noise import Gaussian, Noise, checked_noise, precision_at
 from fisherop.operators import InformationOperator
 from fisherop.restrict import subspace
 from fisherop.result import ConvergenceWarning, Eigendistortions
@@ -235,7 +234,7 @@ class FisherBatch:
         within: Any = None,
         tuning: Mapping[str, Any] | None = None,
     ) -> None:
-        noise = Gaussian() if noise is None else noise
+        noise = checked_noise(noise)
         self.count = len(images)
         with buffers_kept(model):
             _check_apart(model, images)
@@ -244,10 +243,8 @@ class FisherBatch:
         self.subspace = subspace(within, self.linearization.image[0, :1])
         responses = self.linearization.response.reshape(self.count, -1)
         # Gaussian noise does not depend on the response: one precision is that of every image.
-        self.precisions = [noise.at(response) for response in responses[: 1 if isinstance(noise, Gaussian) else None]]
-        self.factor_size: int | None = None
-        with suppress(NotImplementedError):
-            self.factor_size = self.precisions[0].root(torch.zeros_like(responses[:1])).shape[1]
+        found = [precision_at(noise, row) for row in responses[: 1 if isinstance(noise, Gaussian) else None]]
+        self.precisions, self.factor_size = [precision for precision, _ in found], found[0][1]
         self.ops = [RowOperator(_Member(self, i)) for i in range(self.count)]
         for op in self.ops:
             op.sharers = self.count

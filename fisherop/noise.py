@@ -15,6 +15,7 @@ tensor([[1.0000, 0.5000]])
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,6 +32,9 @@ __all__ = ["Bernoulli", "Categorical", "Custom", "Gaussian", "Noise", "Poisson",
 
 DENSE_ORDER = 512
 """Responses up to which a precision given as an operator is made dense, for the sake of its root."""
+
+LITTLE_LOST = 0.9
+"""Part of a direction's weight that may be taken away by a difference, which then loses two digits at most."""
 
 
 class Precision(Protocol):
@@ -63,7 +67,7 @@ class Gaussian:
         In squared units of the response, its entries in the response's order; positive definite.
 
         - None: unit variance; a number: one variance; m numbers: the variance of every response.
-        - A matrix of shape (m, m), applied through its Cholesky factor.
+        - A matrix of shape (m, m), applied through the inverse of its Cholesky factor.
         - A pair of a matrix U of shape (m, r) and a number or m numbers d: low rank plus diagonal,
           C = U U^T + diag(d), as in `torch.distributions.LowRankMultivariateNormal`; no m x m matrix is formed.
     precision : optional
@@ -263,28 +267,35 @@ class Custom:
         return Products(apply, _rootless, _rootless)
 
 
+def checked_noise(noise: Any) -> Noise:
+    """Return the noise that an argument means, Gaussian() for None; refuse what is none."""
+    if noise is not None and (isinstance(noise, type) or not callable(getattr(noise, "at", None))):
+        raise TypeError(
+            "noise must be one of fisherop.noise, made with its arguments as in noise.Gaussian(), or anything with "
+            f"a method at(response), not {noise if isinstance(noise, type) else type(noise).__name__}"
+        )
+    found: Noise = Gaussian() if noise is None else noise
+    return found
+
+
+def precision_at(noise: Noise, response: Tensor) -> tuple[Precision, int | None]:
+    """Return the precision at a response, and the length of its root's output, None where there is no root.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a precision of the user's own that is no symmetric positive semidefinite matrix, or not that of its root.
+    """
+    found = noise.at(response)
+    if not isinstance(found, Products):
+        _check_precision(found, response)
+    try:
+        return found, found.root(torch.zeros_like(response)[None]).shape[1]
+    except NotImplementedError:
+        return found, None
+
+
 # ---------------------------------------------------------------------------------------------------------- precisions
-
-
-@dataclass(frozen=True)
-class Cholesky:
-    """W = (L L^T)^-1 by the Cholesky factor of a covariance: R = L^-1."""
-
-    factor: Tensor
-
-    def apply(self, rows: Tensor, /) -> Tensor:
-        """Multiply every row by W."""
-        return torch.cholesky_solve(rows.T, self.factor).T
-
-    def root(self, rows: Tensor, /) -> Tensor:
-        """Multiply every row by L^-1."""
-        solution: Tensor = torch.linalg.solve_triangular(self.factor.T, rows, upper=True, left=False)
-        return solution
-
-    def root_transpose(self, rows: Tensor, /) -> Tensor:
-        """Multiply every row by the transpose of L^-1."""
-        solution: Tensor = torch.linalg.solve_triangular(self.factor, rows, upper=False, left=False)
-        return solution
 
 
 @dataclass(frozen=True)
@@ -309,8 +320,10 @@ def _diagonal(weights: Tensor, response: Tensor) -> Precision:
 def _diagonal_less(scale: Tensor, basis: Tensor, less: Tensor, response: Tensor) -> Precision:
     """Return the precision of root R = (I - Q diag(less) Q^T) diag(scale), Q^T = `basis`, of orthonormal rows.
 
-    Weights and scaled copies of Q are kept, so that a product goes through memory as few times as it can.
+    Weights and scaled copies of Q are kept, so that a product goes through memory as few times as it can: in one step,
+    unless what it takes away is nearly all that there is, so that the rest would be the rounding of a difference.
     """
+    lost = bool((less > LITTLE_LOST).any())
     weights, scaled, both = scale**2, basis * scale, less * (2 - less)
     scale, basis, less, weights, scaled, both = (
         _in_range(x, response).contiguous() for x in (scale, basis, less, weights, scaled, both)
@@ -319,11 +332,15 @@ def _diagonal_less(scale: Tensor, basis: Tensor, less: Tensor, response: Tensor)
     def product(rows: Tensor, diagonal: Tensor, right: Tensor, middle: Tensor, left: Tensor) -> Tensor:
         return (rows * diagonal).addmm_((rows @ right.T) * middle, left, alpha=-1)
 
-    return Products(
-        lambda rows: product(rows, weights, scaled, both, scaled),
-        lambda rows: product(rows, scale, scaled, less, basis),
-        lambda rows: product(rows, scale, basis, less, scaled),
-    )
+    def root(rows: Tensor) -> Tensor:
+        return product(rows, scale, scaled, less, basis)
+
+    def root_transpose(rows: Tensor) -> Tensor:
+        return product(rows, scale, basis, less, scaled)
+
+    if lost:
+        return Products(lambda rows: root_transpose(root(rows)), root, root_transpose)
+    return Products(lambda rows: product(rows, weights, scaled, both, scaled), root, root_transpose)
 
 
 def _low_rank(pair: tuple[Any, ...], response: Tensor) -> Precision:
@@ -360,8 +377,9 @@ def _cholesky(covariance: Tensor, response: Tensor) -> Precision:
             f"covariance is not positive definite (its least eigenvalue is {least:.3g}): add a small variance to its "
             "diagonal"
         )
-    _in_range(factor.diagonal() ** -2, response)
-    return Cholesky(factor.to(response.dtype))
+    # Inverted before it is rounded: solving with a rounded factor would lose as many digits as C is ill-conditioned.
+    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    return _from_root(torch.linalg.solve_triangular(factor, identity, upper=False), response)
 
 
 def _from_dense(precision: Tensor, response: Tensor) -> Precision:
@@ -379,6 +397,13 @@ def _from_dense(precision: Tensor, response: Tensor) -> Precision:
         kept = values > rounding
         root = values[kept].sqrt()[:, None] * vectors[:, kept].T
     return Products(row_products(precision, response)[0], *row_products(root, response))
+
+
+def _from_root(root: Tensor, response: Tensor) -> Precision:
+    """Return the precision R^T R of a dense R."""
+    _in_range((root**2).sum(0), response)
+    multiply, transposed = row_products(root, response)
+    return Products(lambda rows: transposed(multiply(rows)), multiply, transposed)
 
 
 def _rootless(rows: Tensor) -> Tensor:
@@ -456,6 +481,21 @@ def _probes(response: Tensor) -> tuple[Tensor, float]:
     return rows.to(response), max(1e3 * torch.finfo(response.dtype).eps, 1e-5)
 
 
+def _check_precision(precision: Precision, response: Tensor) -> None:
+    """Check a precision that is none of this module's."""
+    names = "apply", "root", "root_transpose"
+    missing = [name for name in names if not callable(getattr(precision, name, None))]
+    if missing:
+        raise TypeError(
+            f"noise.at(response) returned {type(precision).__name__} without {missing[0]}(rows): a precision has the "
+            "methods apply, root and root_transpose, and root raises NotImplementedError where none is known"
+        )
+    apply, root, root_transpose = (getattr(precision, name) for name in names)
+    _check_semidefinite(_checked_function(apply, "apply"), response)
+    with suppress(NotImplementedError):
+        _check_root(apply, root, root_transpose, response)
+
+
 def _check_semidefinite(apply: Product, response: Tensor) -> None:
     """Compare <u, W v> with <v, W u>, and look for a negative <v, W v>."""
     rows, tolerance = _probes(response)
@@ -476,6 +516,6 @@ def _check_root(apply: Product, root: Product, root_transpose: Product, response
     expected, got = apply(rows).double(), root_transpose(root(rows)).double()
     if not bool((got - expected).norm() <= tolerance * expected.norm()):
         raise ValueError(
-            "root does not belong to precision: root.T @ root must be precision, and a function must be symmetric "
+            "root does not belong to precision: R^T R must be W, and a root given as one function symmetric "
             f"(they differ by {float((got - expected).norm() / expected.norm()):.2g} of precision's norm)"
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fisherop.algebra import TensorOperator
 from fisherop.linearize import Linearization
-from fisherop.noise import Gaussian, Noise
+from fisherop.noise import Noise, checked_noise, precision_at
 from fisherop.restrict import subspace
 
 
@@ -280,24 +280,15 @@ class FisherOperator(ModelOperator, InformationOperator):
         *,
         tuning: Mapping[str, Any] | None = None,
     ) -> None:
-        if noise is not None and (isinstance(noise, type) or not hasattr(noise, "at")):
-            raise TypeError(
-                "noise must be one of fisherop.noise, made with its arguments as in noise.Gaussian(), or anything with "
-                f"a method at(response), not {noise if isinstance(noise, type) else type(noise).__name__}"
-            )
-        self.noise = Gaussian() if noise is None else noise
+        self.noise = checked_noise(noise)
         self.within = within
         linearization = Linearization(model, image, tuning)
         self.subspace = subspace(within, linearization.image)
         super().__init__(linearization, (self.subspace.size, self.subspace.size))
 
     def _set(self, linearization: Linearization) -> None:
-        self.precision = self.noise.at(linearization.response)
+        self.precision, self.factor_size = precision_at(self.noise, linearization.response)
         self.linearization = linearization
-        try:
-            self.factor_size = self.precision.root(torch.zeros_like(linearization.response)[None]).shape[1]
-        except NotImplementedError:
-            self.factor_size = None
 
     @property
     def image_shape(self) -> torch.Size:

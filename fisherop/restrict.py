@@ -111,8 +111,7 @@ def subspace(within: Any, image: Tensor) -> Subspace:
     if within is None:
         return Subspace(image.numel(), _as_it_is, _as_it_is)
     if hasattr(within, "at") and not isinstance(within, type):
-        found: Subspace = within.at(image)
-        return found
+        return _own(within.at(image), image)
     if isinstance(within, (Tensor, np.ndarray)) and str(within.dtype).endswith("bool"):
         return _mask(within if isinstance(within, Tensor) else torch.from_numpy(np.array(within, order="C")), image)
     if isinstance(within, (list, tuple, range)) or (isinstance(within, (Tensor, np.ndarray)) and within.ndim == 1):
@@ -319,14 +318,34 @@ def _operator(op: LinearOperator, image: Tensor) -> Subspace:
     return _range(op, image)
 
 
+def _own(found: Any, image: Tensor) -> Subspace:
+    """Check a subspace of the user's own."""
+    if not isinstance(found, Subspace):
+        raise TypeError(f"within.at(image) must return a Subspace, not {type(found).__name__}")
+    if not _has_orthonormal_columns(found, image):
+        raise ValueError(
+            "the basis of within.at(image) is not orthonormal: project(expand(rows)) must be rows; a matrix passed as "
+            "within= is made so"
+        )
+    return found
+
+
 def _has_orthonormal_columns(found: Subspace, image: Tensor) -> bool:
     source = torch.Generator("cpu").manual_seed(0)
-    rows = torch.randn(2, found.size, generator=source, dtype=torch.float64, device="cpu").to(image)
+    rows, images = (
+        torch.randn(2, size, generator=source, dtype=torch.float64, device="cpu").to(image)
+        for size in (found.size, image.numel())
+    )
     try:
-        again = found.project(found.expand(rows))
+        expanded, projected = found.expand(rows), found.project(images)
+        again = found.project(expanded)
     except (NotImplementedError, TypeError):  # what SciPy raises for an operator without its transpose
         return False
-    return bool((again - rows).norm() <= 1e2 * torch.finfo(image.dtype).eps * rows.norm())
+    rounding = 1e2 * torch.finfo(image.dtype).eps
+    same = bool((again - rows).norm() <= rounding * rows.norm())
+    # Not every inverse from the left is the transpose.
+    difference = (expanded.double() @ images.double().T - rows.double() @ projected.double().T).norm()
+    return same and bool(difference <= rounding * rows.double().norm() * images.double().norm())
 
 
 def _check_shape(matrix: Any, image: Tensor) -> None:

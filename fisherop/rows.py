@@ -168,12 +168,19 @@ class RowOperator:
         product = product / (product.abs().max() or 1.0)  # its squares may be beyond any dtype
         self._half_products = 0
         gram = pair.double() @ product.T
-        # Loose enough for products that carry noise of their own, as those of a simulation do.
-        rounding = max(1e3 * torch.finfo(self.dtype).eps, 1e-5) * pair.double().norm() * product.norm()
+        rounding = noise_floor(self.dtype) * pair.double().norm() * product.norm()
         if abs(gram[0, 1] - gram[1, 0]) > rounding:
             raise ValueError("the operator is not symmetric: pass J.T @ J, or the symmetric part of the matrix")
         if gram.diagonal().min() < -rounding:
-            raise ValueError("the operator is not positive semidefinite: v'Fv is negative for some v")
+            raise ValueError(INDEFINITE)
+
+
+INDEFINITE = "the operator is not positive semidefinite: v'Fv is negative for some v"
+
+
+def noise_floor(dtype: torch.dtype) -> float:
+    """Return what products may err by, relative to their size: some carry noise of their own, as of a simulation."""
+    return max(1e3 * torch.finfo(dtype).eps, 1e-5)
 
 
 def row_norms(rows: Tensor) -> Tensor:

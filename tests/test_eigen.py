@@ -327,6 +327,24 @@ def test_signs_make_the_largest_entry_positive():
     assert (x.gather(1, x.abs().argmax(1, keepdim=True)) > 0).all()
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "randomized_svd"])
+def test_a_negative_eigenvalue_that_is_found_is_refused(method):
+    signs = torch.ones(600)
+    signs[0] = -0.5
+    noise = fo.noise.Custom(lambda rows: rows * signs)  # positive on every vector that is drawn at random
+    for op in (np.diag(np.r_[np.linspace(1, 0.5, 20), -0.3]), fo.FisherOperator(abs, torch.ones(600), noise)):
+        with pytest.raises(ValueError, match=r"not positive semidefinite: .* \(an eigenvalue is -0"):
+            solve(op, 2, method=method)
+
+
+@pytest.mark.parametrize("method", ["exact", "lanczos", "davidson", "arpack"])
+def test_what_is_negative_by_noise_alone_is_no_null_space_and_has_bounds(method):
+    result = solve(np.diag(np.r_[np.linspace(1, 0.5, 20), -3e-7, -2e-7]), 4, method=method)
+    assert result.converged.all()
+    assert result.nullity == 0
+    assert (np.diff(result.eigenvalue_bounds) >= 0).all()
+
+
 @pytest.mark.parametrize("scale", [1e-280, 1e280])
 def test_a_matrix_of_any_scale_is_seen_to_be_symmetric_or_not(scale):
     matrix = scale * np.array([[2.0, 1.0], [1.0, 2.0]])

@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,6 +204,37 @@ def test_certain_responses_give_finite_products(noise):
     assert torch.isfinite(F.factor_rows(torch.eye(3))).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("margin", [0.0, 10.0, 20.0, 30.0, 40.0, 80.0])
+def test_a_confident_choice_keeps_all_digits_of_what_little_is_noticed(margin, dtype):
+    logits = torch.zeros(10).double()
+    logits[3] = margin
+    p = torch.softmax(logits, 0)
+    W = -torch.outer(p, p)
+    W.fill_diagonal_(0)
+    W -= torch.diag(W.sum(1))  # each row's sum is zero: p_i (1 - p_i) without its difference
+    A = torch.randn(10, 20, generator=torch.Generator().manual_seed(0)).double()
+    F = fo.FisherOperator(lambda x: A.to(dtype) @ x + logits.to(dtype), torch.zeros(20, dtype=dtype), CHOICE)
+    assert near((F @ torch.eye(20, dtype=dtype)).double(), A.T @ W @ A, 30 * torch.finfo(dtype).eps)
+
+
+CHOICE = fo.noise.Categorical()
+
+
+def test_what_moves_along_the_dominant_shared_noise_alone_keeps_its_digits():
+    noise = fo.noise.Gaussian((1e4 * torch.ones(3, 1), 1.0))
+    F = fo.FisherOperator(lambda x: torch.ones(3, 2) @ x, torch.zeros(2), noise)
+    assert near((F @ torch.eye(2)).double(), torch.full((2, 2), 1 / (1e8 + 1 / 3)).double(), 1e-2)
+
+
+def test_an_ill_conditioned_covariance_is_inverted_before_it_is_rounded():
+    t = torch.arange(60.0).double()
+    C = torch.exp(-((t[:, None] - t) ** 2) / 50) + 1e-8 * torch.eye(60)
+    W = gaussian(torch.nn.Identity(), t, C)
+    F = fo.FisherOperator(torch.nn.Identity(), t.float(), fo.noise.Gaussian(C))
+    assert near((F @ torch.eye(60)).double(), W, 1e-6)
+
+
 @pytest.mark.parametrize("kind", NOISES)
 def test_root_and_its_transpose_make_the_precision(kind):
     W = (NOISES[kind][0](7) or fo.noise.Gaussian()).at(torch.linspace(0.5, 2, 7).double())
@@ -324,6 +356,51 @@ def test_a_gain_or_floor_that_is_not_positive_is_refused(settings):
 def test_a_precision_that_is_none_is_refused(settings, kind, words):
     with pytest.raises(kind, match=words):
         dense(torch.nn.Identity(), torch.ones(2), fo.noise.Custom(**settings))
+
+
+class Own:
+    """A noise whose precision is of the user's own class."""
+
+    def __init__(self, **products):
+        self.products = products
+
+    def at(self, response):
+        return SimpleNamespace(**self.products)
+
+
+def twice(rows):
+    return 2 * rows
+
+
+def rootless(rows):
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("noise", "kind", "words"),
+    [
+        (Own(apply=twice, root=twice, root_transpose=twice), ValueError, "root does not belong to precision"),
+        (Own(apply=torch.neg, root=rootless, root_transpose=rootless), ValueError, "v'Wv is negative"),
+        (Own(apply=lambda x: x.cumsum(1), root=rootless, root_transpose=rootless), ValueError, "is not symmetric"),
+        (Own(apply=twice), TypeError, r"without root\(rows\)"),
+        (Own(apply=lambda x: x[:, 0], root=twice, root_transpose=twice), ValueError, "apply must turn rows"),
+    ],
+)
+def test_a_precision_of_ones_own_class_is_checked_as_any_other(noise, kind, words):
+    images = torch.ones(2, 1, 3)
+    for F in (lambda: dense(torch.nn.Identity(), images[0], noise), lambda: many(images, noise)):
+        with pytest.raises(kind, match=words):
+            F()
+
+
+def many(images, noise):
+    return fo.eigendistortions_many(torch.nn.Identity(), images, noise=noise)
+
+
+def test_a_precision_of_ones_own_class_needs_no_root():
+    F = fo.FisherOperator(torch.nn.Identity(), torch.zeros(3), Own(apply=twice, root=rootless, root_transpose=rootless))
+    assert F.factor_size is None
+    assert torch.equal(F @ torch.eye(3), 2 * torch.eye(3))
 
 
 @pytest.mark.parametrize("kind", [np.array, torch.tensor], ids=["array", "tensor"])

@@ -401,6 +401,23 @@ def test_a_generator_restricts_to_its_manifold_by_composition():
 
 # ---------------------------------------------------------------------------------------------------------- refusals
 
+
+class Own:
+    """A restriction of the user's own class."""
+
+    def __init__(self, at):
+        self.at = at
+
+
+def stretched(out, back):
+    """Return the first two pixels, with a basis of another length or a projection that is not its transpose."""
+
+    def expand(rows):
+        return torch.nn.functional.pad(out * rows, (0, N - 2))
+
+    return fo.restrict.Subspace(2, expand, lambda images: back * images[:, :2])
+
+
 DEPENDENT = np.column_stack([BASIS, BASIS[:, 0] + BASIS[:, 1]])
 
 
@@ -434,6 +451,9 @@ DEPENDENT = np.column_stack([BASIS, BASIS[:, 0] + BASIS[:, 1]])
         (np.zeros((N, 2)), ValueError, "has rank 0"),
         (BASIS * np.nan, ValueError, "NaN"),
         (BASIS * 1j, TypeError, "complex"),
+        (Own(lambda image: 3), TypeError, "must return a Subspace, not int"),
+        (Own(lambda image: stretched(2.0, 1.0)), ValueError, "not orthonormal"),
+        (Own(lambda image: stretched(2.0, 0.5)), ValueError, "not orthonormal"),
     ],
 )
 def test_a_restriction_that_makes_no_sense_is_refused(within, kind, words):

@@ -252,6 +252,8 @@ BROKEN = {
     ),
     "differs when asked again": (testing.assert_matmat_consistent, square(Drifting()), r"matvec\(x\), again"),
     "writes its input": (testing.assert_no_aliasing, square(overwritten), "changes its input: matvec"),
+    "writes its input, linear": (testing.assert_linear, square(overwritten), "changes its input: matvec"),
+    "random": (testing.assert_no_aliasing, square(Drifting()), "gives another matvec of the same vector"),
     "identity": (testing.assert_no_aliasing, square(lambda x: x), "returns a view of its input"),
     "slice": (
         testing.assert_no_aliasing,
@@ -308,6 +310,23 @@ def test_a_product_of_the_wrong_shape_is_said():
 
     with pytest.raises(AssertionError, match=r"matvec of a vector returns shape \(2,\), not \(3,\)"):
         testing.assert_linear(Short(np.float64, (3, 3)))
+    short = LinearOperator((3, 3), lambda x: np.ones(2), lambda x: np.ones(2), dtype=float)
+    for law in (testing.assert_linear, testing.assert_symmetric, testing.assert_matmat_consistent):
+        with pytest.raises(AssertionError, match="matvec of a vector returns another number of entries than 3"):
+            law(short)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e200, 1e290])
+def test_the_laws_hold_and_fail_at_any_scale(scale):
+    for law in (testing.assert_linear, testing.assert_adjoint, testing.assert_psd, testing.assert_matmat_consistent):
+        law(scale * (S @ S))
+    for law, op in (
+        (testing.assert_adjoint, products(lambda x: scale * A @ x, lambda x: 3 * scale * A.T @ x)),
+        (testing.assert_symmetric, scale * np.triu(S)),
+        (testing.assert_linear, products(lambda x: scale * (A @ x + 1))),
+    ):
+        with pytest.raises(AssertionError):
+            law(op)
 
 
 class Careless(TensorOperator):
@@ -396,6 +415,12 @@ def test_eigenpairs_are_taken_as_scipy_and_as_this_package_give_them():
     photo = fo.FisherOperator(torch.nn.AvgPool2d(2), torch.ones(1, 2, 4, 4))
     r = fo.eigendistortions(photo, 3)
     testing.assert_eigenpairs(photo, r.eigenvalues, r.eigendistortions)
+    part = fo.FisherOperator(torch.nn.Conv2d(1, 2, 3), torch.ones(1, 1, 6, 6), within=[1, 2, 3, 9])
+    r = fo.eigendistortions(part, 2)
+    testing.assert_eigenpairs(part, r.eigenvalues, r.eigendistortions, r.tol)
+    testing.assert_eigenpairs(part, r.eigenvalues, part.from_image(r.eigendistortions), r.tol)
+    with pytest.raises(AssertionError, match="outside its restriction"):
+        testing.assert_eigenpairs(part, r.eigenvalues, r.eigendistortions.roll(1, -1), r.tol)
 
 
 def turned(angle):
@@ -431,6 +456,8 @@ def test_the_tolerance_is_relative_to_the_largest_eigenvalue_even_if_it_is_not_g
 def test_pairs_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"2 values and vectors of shape \(6,\) are no pairs"):
         testing.assert_eigenpairs(KNOWN, [1.0, 2.0], np.ones(6))
+    with pytest.raises(ValueError, match="0 values and vectors"):
+        testing.assert_eigenpairs(KNOWN, [], np.zeros((0, 6)))
     with pytest.raises(AssertionError, match="not square"):
         testing.assert_eigenpairs(A, [1.0], np.ones(30))
 

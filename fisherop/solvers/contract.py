@@ -277,7 +277,7 @@ def null_dimension(op: RowOperator, values: Tensor, lambda_max: float) -> int | 
     """
     if len(values) < op.n:
         return None
-    zeros = int((values <= 4 * math.sqrt(op.n) * torch.finfo(op.dtype).eps * lambda_max).sum())
+    zeros = int((values.abs() <= 4 * math.sqrt(op.n) * torch.finfo(op.dtype).eps * lambda_max).sum())
     return zeros if op.m is None or zeros == max(0, op.n - op.m) else None
 
 

@@ -129,4 +129,4 @@ def _lost(values: Tensor, op: RowOperator) -> bool:
 def _zeros(values: Tensor, op: RowOperator) -> int:
     """Count the eigenvalues that rounding cannot tell from zero."""
     floor = max(rounding(op), 0.0 if op.factored else 10 * len(values) * torch.finfo(torch.float64).eps)
-    return int((values <= floor * values[0]).sum())
+    return int((values.abs() <= floor * values[0]).sum())

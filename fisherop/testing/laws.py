@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop.algebra import TensorOperator
-from fisherop.testing.probe import COUNT, KRYLOV_STEPS, Probe
+from fisherop.testing.probe import COUNT, KRYLOV_STEPS, Probe, norm
 
 SCALES = (2.0**-10, 2.0**10)
 """Factors, exact in binary, at which thresholds and saturations show."""
@@ -67,19 +67,19 @@ def assert_linear(op: Any, *, rng: Any = 0, rtol: float | None = None, atol: flo
     x, y = probe.draw(2, probe.n)
     a, b = probe.draw(2)
     of_x, of_y, of_zero = (probe.product(vector) for vector in (x, y, np.zeros_like(x)))
-    if not np.linalg.norm(of_zero) <= probe.tolerance():
+    if not norm(of_zero) <= probe.tolerance():
         probe.fail(
-            f"is not linear: A(0) is not zero, {_numbers(np.linalg.norm(of_zero), 0.0, probe.tolerance(), '|A(0)|')}",
+            f"is not linear: A(0) is not zero, {_numbers(norm(of_zero), 0.0, probe.tolerance(), '|A(0)|')}",
             "a constant is added, as a bias or an offset; matvec keeps state between calls",
         )
     laws = [("A(a x + b y) and a A(x) + b A(y)", a * x + b * y, a * of_x + b * of_y, float(abs(a) + abs(b)))]
     laws += [(f"A(s x) and s A(x), s = {s:g}", x.dtype.type(s) * x, s * of_x, s) for s in SCALES]
     for names, argument, expected, scale in laws:
         found, tolerance = probe.product(argument), probe.tolerance(scale)
-        if not np.linalg.norm(found - expected) <= tolerance:
+        if not norm(found - expected) <= tolerance:
             worst = int(np.argmax(abs(found - expected)))
             probe.fail(
-                f"is not linear: {names} differ by {np.linalg.norm(found - expected):.3g}, "
+                f"is not linear: {names} differ by {norm(found - expected):.3g}, "
                 f"{_numbers(found[worst], expected[worst], tolerance, f'in entry {worst}')}",
                 "a threshold, clipping, normalization or rounding in matvec; only the real part of a complex vector is "
                 "used; matvec keeps state between calls, or is random",
@@ -130,7 +130,8 @@ def assert_adjoint(op: Any, *, rng: Any = 0, rtol: float | None = None, atol: fl
         "rmatvec multiplies by A, or by the transpose without its conjugate; a step of matvec (padding, a mask, a "
         "scale, units) is missing in rmatvec; one of them is nonlinear or coarser than its dtype"
     )
-    factor = np.vdot(right, left) / np.vdot(right, right) if right.any() else 0.0
+    unit = right / (norm(right) or 1.0)
+    factor = np.vdot(unit, left) / (norm(right) or 1.0)
     if factor and (abs(left - factor * right) <= tolerance).all():
         causes = f"rmatvec lacks the factor {np.conj(factor):.9g}, by which alone it is wrong"
     i, j = np.unravel_index(np.argmax(abs(left - right)), left.shape)
@@ -448,15 +449,18 @@ def _assert_apart(probe: Probe, name: str, product: Callable[[Any], Any], x: Any
             f"returns a read-only array from {name}, and solvers such as LOBPCG write into products",
             "a broadcast array, or a view of a constant: return a copy",
         )
-    first[...] = 0
-    again = product(x)
-    error = float(abs(again - kept).max()) if np.size(kept) else 0.0
-    if not error <= probe.tolerance():
-        probe.fail(
-            f"shares memory: writing into what {name} returned changes its next product, by {error:.3g} where the "
-            f"tolerance is {probe.tolerance():.3g}",
-            "a product that is kept and returned again, or a view of the operator's own data: return a copy",
-        )
+    for written in (False, True):
+        if written:
+            first[...] = 0
+        error = float(abs(product(x) - kept).max()) if np.size(kept) else 0.0
+        if not error <= probe.tolerance():
+            by = f"by {error:.3g} where the tolerance is {probe.tolerance():.3g}"
+            if written:
+                probe.fail(
+                    f"shares memory: writing into what {name} returned changes its next product, {by}",
+                    "a product that is kept and returned again, or a view of the operator's own data: return a copy",
+                )
+            probe.fail(f"gives another {name} of the same vector, {by}", "it is random, or keeps state between calls")
 
 
 def _copy(x: Any) -> Any:

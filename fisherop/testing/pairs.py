@@ -6,13 +6,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
+from fisherop.operators import InformationOperator
 from fisherop.testing.probe import Probe, as_rows
 
 NORM_STEPS = 12
@@ -35,8 +38,8 @@ def assert_eigenpairs(
     values : array_like of shape (k,)
         In any order.
     vectors : array_like or Tensor
-        As `fisherop.eigendistortions` returns them, of shape (k, n) or ``(k, *image)``, or as SciPy does, columns of
-        shape (n, k). Where k = n, whichever fits better.
+        As `fisherop.eigendistortions` returns them, of shape (k, n) or ``(k, *image)``, also those of a restricted
+        operator; or as SciPy does, columns of shape (n, k). Where k = n, whichever fits better.
     tol : float, optional
         By default ``max(1e-6, 100 * eps)`` of the operator's dtype, as that of `fisherop.eigendistortions`.
     rng : optional
@@ -64,8 +67,8 @@ def assert_eigenpairs(
         probe.fail("has no eigenpairs: it is not square")
     tol = max(1e-6, 100 * float(np.finfo(probe.dtype).eps)) if tol is None else tol
     of = np.atleast_1d(np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values))
-    rows = as_rows(vectors, probe.n).astype(probe.wide)
-    if of.ndim != 1 or rows.shape != (len(of), probe.n):
+    rows = as_rows(_coordinates(probe, vectors), probe.n).astype(probe.wide)
+    if of.ndim != 1 or not of.size or rows.shape != (len(of), probe.n):
         raise ValueError(
             f"{of.size} values and vectors of shape {np.shape(vectors)} are no pairs of an operator with "
             f"n = {probe.n}: give k values, and vectors of shape (k, n), (k, *image) or (n, k)"
@@ -98,6 +101,19 @@ def assert_eigenpairs(
             f"has eigenvectors that are not orthonormal: {what}, and the tolerance is {tol**0.5:.3g}",
             "vectors that were not normalized; one vector twice; an operator that is not symmetric",
         )
+
+
+def _coordinates(probe: Probe, vectors: Any) -> Any:
+    """Return images that lie in the subspace of a restricted operator as vectors of its space."""
+    op, entries = probe.op, math.prod(np.shape(vectors)[1:])
+    if not isinstance(op, InformationOperator) or entries != op.image_shape.numel() or entries == probe.n:
+        return vectors
+    images = torch.as_tensor(vectors, dtype=op.torch_dtype, device=op.device).reshape(len(vectors), -1)
+    found = op.from_image(images)
+    outside = float((images - op.to_image(found).reshape(images.shape)).norm())
+    if not outside <= 1e3 * torch.finfo(images.dtype).eps * float(images.norm()):
+        probe.fail(f"has no such eigenvectors: of their norm {outside:.3g} is outside its restriction")
+    return found
 
 
 def _residual_norms(probe: Probe, values: NDArray[Any], rows: NDArray[Any]) -> NDArray[Any]:

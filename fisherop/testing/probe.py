@@ -8,6 +8,7 @@ array([3., 4.])
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -55,13 +56,22 @@ class Probe:
 
     def product(self, x: NDArray[Any]) -> NDArray[Any]:
         """Multiply a vector, and see that the result is one."""
-        return self._checked(self.op.matvec(x), self.m, "matvec")
+        return self._checked(self.op.matvec, x, self.m, "matvec")
 
     def adjoint_product(self, x: NDArray[Any]) -> NDArray[Any]:
         """Multiply a vector by the adjoint, and see that the result is one."""
-        return self._checked(self.op.rmatvec(x), self.n, "rmatvec")
+        return self._checked(self.op.rmatvec, x, self.n, "rmatvec")
 
-    def _checked(self, y: Any, size: int, name: str) -> NDArray[Any]:
+    def _checked(self, multiply: Callable[[Any], Any], x: NDArray[Any], size: int, name: str) -> NDArray[Any]:
+        given = x.copy()
+        try:
+            y = multiply(x)
+        except ValueError as error:  # of SciPy, which reshapes what is returned
+            if not str(error).startswith("cannot reshape array of size"):
+                raise
+            self.fail(f"{name} of a vector returns another number of entries than {size}: {error}")
+        if not np.array_equal(x, given):
+            self.fail(f"changes its input: {name} writes into the vector given to it", "an operation in place")
         if np.shape(y) != (size,):
             self.fail(f"{name} of a vector returns shape {np.shape(y)}, not ({size},)")
         if not np.isfinite(y).all():
@@ -71,7 +81,7 @@ class Probe:
     @cached_property
     def size(self) -> float:
         """The root mean square of the norms of products with Gaussian vectors: the Frobenius norm, about."""
-        return float(np.mean([np.linalg.norm(self.product(self.draw(self.n))) ** 2 for _ in range(COUNT)]) ** 0.5)
+        return norm(np.stack([self.product(self.draw(self.n)) for _ in range(COUNT)])) / COUNT**0.5
 
     def tolerance(self, scale: float = 1.0) -> float:
         """Return the error allowed to what is `scale` times as large as products with Gaussian vectors are."""
@@ -105,13 +115,19 @@ class Probe:
         return values
 
 
+def norm(y: NDArray[Any]) -> float:
+    """Return the root of the sum of squares, which may be beyond any dtype themselves."""
+    largest = float(abs(y).max(initial=0))
+    return largest * float(np.linalg.norm(y / largest)) if largest else 0.0
+
+
 def _orthogonal(x: NDArray[Any], basis: NDArray[Any]) -> NDArray[Any]:
     """Return the unit vector of what of x is orthogonal to the basis; zero where that is rounding."""
     rest = x
     for _ in range(2):
         rest = rest - basis @ (basis.conj().T @ rest)
-    norm = np.linalg.norm(rest)
-    return rest / norm if norm > 1e-10 * np.linalg.norm(x) else np.zeros_like(rest)
+    length = norm(rest)
+    return rest / length if length > 1e-10 * norm(x) else np.zeros_like(rest)
 
 
 def as_operator(op: Any) -> LinearOperator:
