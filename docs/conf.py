@@ -87,6 +87,7 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "remove_config_comments": True,
     "show_signature": False,
+    "ignore_repr_types": r"matplotlib",
     "min_reported_time": 10**6,
     "write_computation_times": False,
 }

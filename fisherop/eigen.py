@@ -71,8 +71,8 @@ def eigendistortions(
     maxiter : int, optional
         Most steps to take, a step being one product of F with a block of vectors. Has no meaning for "exact".
     v0 : Tensor or ndarray, optional
-        One or more vectors to start from, in image shape or as rows of length n: the eigendistortions of an earlier
-        result resume its work. Images are projected on the subspace of a restricted operator.
+        One or more vectors to start from, in image shape or as rows of length n, such as the eigendistortions of an
+        earlier result. Images are projected on the subspace of a restricted operator.
     M : number, vector, matrix, LinearOperator or FisherOperator, optional
         How the size of a distortion is measured, where not pixel by pixel: pairs are those of F v = lambda M v, so
         that lambda is the squared sensitivity v'Fv relative to v'Mv. Symmetric positive definite: one number, a
@@ -139,10 +139,13 @@ def eigendistortions(
         found = backend.solve(operator, request, control)
         result = certificate.certify(operator, request, found, name, reason, probe=certify == "probe")
     if result.lambda_max == 0 and not found.doubt:
-        warnings.warn("F = 0: every direction is a null direction, and these are arbitrary ones", stacklevel=2)
+        warnings.warn(NOTHING_NOTICED, stacklevel=2)
     elif not result.converged.all() or found.doubt:
         warnings.warn(advice(result, control, name, found.doubt), ConvergenceWarning, stacklevel=2)
     return result
+
+
+NOTHING_NOTICED = "F = 0: every direction is a null direction, and these are arbitrary ones"
 
 
 def _small(op: RowOperator, method: str, k: int) -> bool:
@@ -218,11 +221,11 @@ def advice(result: Eigendistortions, control: Control, method: str, doubt: str) 
     count = f"{int((~result.converged).sum())} of {len(result)}"
     missed = f"{count} pairs did not reach tol={result.tol:.1e} (worst {worst:.1e})"
     if control.stopped:
-        way = "with method='lanczos'" if method == "exact" else "to go on"
-        return f"{missed}: the callback stopped {method!r}; pass v0=result.eigendistortions {way}"
+        way = " with method='lanczos'" if method == "exact" else ""
+        return f"{missed}: the callback stopped {method!r}; start again from v0=result.eigendistortions{way}"
     if control.iteration >= control.maxiter and method != "exact":
         return (
-            f"{missed} within {control.iteration} steps of {method!r}: raise maxiter, pass "
-            "v0=result.eigendistortions to go on, or try another method"
+            f"{missed} within {control.iteration} steps of {method!r}: raise maxiter, start from "
+            "v0=result.eigendistortions, or try another method"
         )
     return f"{missed}, which is {method!r}'s floor in {control.op.dtype}: loosen tol, or use a float64 image and model"

@@ -90,7 +90,7 @@ def eigendistortions_many(
     noise, within : optional
         As in `FisherOperator`. The precision of a noise that depends on the response is each image's own.
     v0 : sequence, optional
-        For every image what `eigendistortions` takes: the eigendistortions of earlier results resume their work.
+        For every image what `eigendistortions` takes: the eigendistortions of earlier results, say.
     rng : optional
         Anything `numpy.random.default_rng` takes; image i draws from ``default_rng(rng).spawn(len(images))[i]``.
     callback : callable, optional

@@ -160,7 +160,7 @@ def _listed(names: Sequence[str]) -> str:
 _FRONT_ENDS: dict[str, Callable[[], nn.Module]] = {"ln": LN, "lg": LG, "lgg": LGG, "onoff": OnOff}
 
 
-def load(name: str, *, seed: int = 0) -> tuple[Callable[..., Any], str | None]:
+def load(name: str, *, seed: int = 0) -> tuple[Any, str | None]:
     """Find a model by its name.
 
     Parameters
