@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 
 from fisherop import certificate
-from fisherop.eigen import advice, checked_request, choose, known
+from fisherop.eigen import NOTHING_NOTICED, advice, checked_request, choose, known
 from fisherop.linearize import Linearization, exact_arithmetic
 from fisherop.linearize.autodiff import bytes_written, differentiable, free_memory
 from fisherop.linearize.checks import buffers_kept, checked_image, close, flat_response, leaves
 from fisherop.maps import whole
-from fisherop.noise import Gaussian, Noise, checked_noise, precision_at
+from fisherop.noise import Custom, Gaussian, Noise, checked_noise, precision_at
 from fisherop.operators import InformationOperator
 from fisherop.restrict import subspace
 from fisherop.result import ConvergenceWarning, Eigendistortions
-from fisherop.rows import RowOperator, finite
+from fisherop.rows import RowOperator, finite, generator
 from fisherop.solvers import BACKENDS, Control, Progress, Request, Steps
 from fisherop.solvers.contract import Ask
 from fisherop.solvers.space import absorb, shelves
@@ -48,6 +48,9 @@ ROWS_EACH = 200
 ORDER = (absorb, "unchecked", "rows", shelves, "factor", "factor_adjoint")
 """What is done first where images ask for several things. Who is done with a search waits until all are: the next one,
 and the proofs, are then shared too."""
+
+ONE_FOR_ALL = (Gaussian, Custom)
+"""Noise whose precision does not depend on the response, so that one is that of every image. Not so for subclasses."""
 
 SLACK = 1.25
 """A larger batch is preferred where an image costs no more than this many times what it costs in the best one."""
@@ -82,7 +85,7 @@ def eigendistortions_many(
         by itself. It returns a tensor, or a tuple, list or dict of tensors, with a leading dimension of B.
     images : Tensor or sequence of Tensor
         float32 or float64 images of one shape: a tensor (B, ...), or a list of tensors (1, ...), each as
-        `FisherOperator` takes it, or without that leading 1.
+        `FisherOperator` takes it, or without that leading 1; three dimensions are always (C, H, W).
     k, which, tol, maxiter, certify : optional
         As in `eigendistortions`, for every image.
     method : {"auto", "lanczos", "exact"}, optional
@@ -109,12 +112,15 @@ def eigendistortions_many(
     ------
     TypeError, ValueError
         For images of several shapes, a model that mixes images or cannot take a batch, and for whatever
-        `FisherOperator` and `eigendistortions` refuse; the message says what to change.
+        `FisherOperator` and `eigendistortions` refuse; the message says what to change, and at which image.
+        All but the derivatives is checked before any image is solved.
 
     Warns
     -----
     ConvergenceWarning
         Once, where pairs of some images have not converged.
+    UserWarning
+        Once, where a model notices nothing at some images.
 
     Examples
     --------
@@ -125,9 +131,11 @@ def eigendistortions_many(
     """
     stacked = _stacked(images)
     count = len(stacked)
-    checked_image(model, stacked[:1])
     _check_arguments(method, maxiter, certify, batch, v0, count)
-    streams = _streams(rng, count)
+    noise, streams = checked_noise(noise), _streams(rng, count)
+    checked_image(model, stacked[:1])
+    with buffers_kept(model):
+        _check_each(model, stacked, noise)
     with buffers_kept(model):
         size = min(count, batch or _batch_size(model, stacked))
     answers: list[tuple[Eigendistortions, str]] = []
@@ -135,7 +143,7 @@ def eigendistortions_many(
     while len(answers) < count:
         places = range(len(answers), min(len(answers) + size, count))
         try:
-            together = FisherBatch(model, stacked[places.start : places.stop], noise, within, tuning)
+            together = _batch(model, stacked, places, noise, within, tuning)
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
@@ -149,12 +157,15 @@ def eigendistortions_many(
             steps.append(_solved(op, request, method, maxiter, report, certify == "probe"))
         with exact_arithmetic():
             answers += _side_by_side(together, steps)
-    complaints = {i: complaint for i, (_, complaint) in enumerate(answers) if complaint}
+    results, complaints = [result for result, _ in answers], {i: text for i, (_, text) in enumerate(answers) if text}
+    unseen = [i for i, result in enumerate(results) if result.lambda_max == 0 and i not in complaints]
+    if unseen:
+        warnings.warn(f"image {', '.join(map(str, unseen))}: {NOTHING_NOTICED}", stacklevel=2)
     if complaints:
         first, *others = complaints
         more = f", and {len(others)} more of {count} images have not all their pairs" if others else ""
         warnings.warn(f"image {first}: {complaints[first]}{more}", ConvergenceWarning, stacklevel=2)
-    return [result for result, _ in answers]
+    return results
 
 
 ABLE = tuple(name for name, backend in BACKENDS.items() if backend.steps)
@@ -178,9 +189,7 @@ def _solved(
     control = Control(op, maxiter or backend.maxiter, report)
     found = yield from backend.steps(op, request, control)
     result = yield from certificate.certify_steps(op, request, found, name, reason, probe=probe)
-    if result.lambda_max == 0 and not found.doubt:
-        return result, "F = 0: every direction is a null direction, and these are arbitrary ones"
-    wanting = not result.converged.all() or found.doubt
+    wanting = bool(found.doubt) or (result.lambda_max > 0 and not result.converged.all())
     return result, advice(result, control, name, found.doubt) if wanting else ""
 
 
@@ -230,11 +239,10 @@ class FisherBatch:
         self,
         model: Callable[[Tensor], Any],
         images: Tensor,
-        noise: Noise | None = None,
+        noise: Noise,
         within: Any = None,
         tuning: Mapping[str, Any] | None = None,
     ) -> None:
-        noise = checked_noise(noise)
         self.count = len(images)
         with buffers_kept(model):
             _check_apart(model, images)
@@ -242,8 +250,7 @@ class FisherBatch:
         self._check_blocks()
         self.subspace = subspace(within, self.linearization.image[0, :1])
         responses = self.linearization.response.reshape(self.count, -1)
-        # Gaussian noise does not depend on the response: one precision is that of every image.
-        found = [precision_at(noise, row) for row in responses[: 1 if isinstance(noise, Gaussian) else None]]
+        found = [precision_at(noise, row) for row in responses[: 1 if type(noise) in ONE_FOR_ALL else None]]
         self.precisions, self.factor_size = [precision for precision, _ in found], found[0][1]
         self.ops = [RowOperator(_Member(self, i)) for i in range(self.count)]
         for op in self.ops:
@@ -372,6 +379,45 @@ def _rows_of(output: Any, count: int) -> Tensor:
     return torch.cat(parts, dim=1) if len(parts) != 1 else parts[0]
 
 
+def _check_each(model: Callable[[Tensor], Any], images: Tensor, noise: Noise) -> None:
+    """Refuse an image, a response or its noise by the image's number, before any work is done that would be lost."""
+    for i in range(len(images)):
+        try:
+            if not torch.isfinite(images[i]).all():
+                raise ValueError("it holds NaN or infinity: replace these pixels first")
+            with differentiable(), torch.no_grad():
+                response = flat_response(model(images[i : i + 1].clone()), images)
+            if type(noise) not in ONE_FOR_ALL:
+                precision_at(noise, response)
+        except ValueError as error:
+            raise ValueError(f"image {i}: {error}") from error
+
+
+def _batch(
+    model: Callable[[Tensor], Any],
+    images: Tensor,
+    places: range,
+    noise: Noise,
+    within: Any,
+    tuning: Mapping[str, Any] | None,
+) -> FisherBatch:
+    """Return the Fisher matrices of some images; where they cannot be had for the sake of one, say which."""
+    try:
+        return FisherBatch(model, images[places.start : places.stop], noise, within, tuning)
+    except ValueError:
+        faults: dict[int, ValueError] = {}
+        for i in places:
+            try:
+                FisherBatch(model, images[i : i + 1], noise, within)
+            except ValueError as error:
+                faults[i] = error
+        if len(faults) == len(places) > 1:  # it is not the image's fault
+            raise
+        for i, fault in faults.items():
+            raise ValueError(f"image {i}: {fault}") from fault
+        raise
+
+
 def _check_apart(model: Callable[[Tensor], Any], images: Tensor) -> None:
     """Compare the responses to the batch with those to its images one by one."""
     with differentiable(), torch.no_grad():
@@ -405,16 +451,20 @@ def _check_arguments(
     for name, number in (("maxiter", maxiter), ("batch", batch)):
         if number is not None:
             whole(number, name, 1)
+    if v0 is not None and not hasattr(v0, "__len__"):
+        raise TypeError(f"v0 must hold a start for every image, not {type(v0).__name__}")
     if v0 is not None and len(v0) != count:
         raise ValueError(f"v0 holds starts for {len(v0)} images, and there are {count}: give one for each")
 
 
 def _streams(rng: Any, count: int) -> list[np.random.Generator]:
     """Return a source of random numbers for every image, the same whatever the batches are."""
+    source = generator(rng)
     try:
-        return np.random.default_rng(rng).spawn(count)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"rng must be a whole number or a numpy.random.Generator, not {rng!r}") from error
+        return source.spawn(count)
+    except TypeError:  # it does not know its seed, as that of an older RandomState
+        seeds = np.random.SeedSequence(source.integers(2**63, size=4).tolist()).spawn(count)
+        return [np.random.default_rng(seed) for seed in seeds]
 
 
 def _stacked(images: Tensor | Sequence[Tensor]) -> Tensor:
@@ -422,14 +472,16 @@ def _stacked(images: Tensor | Sequence[Tensor]) -> Tensor:
     if isinstance(images, Tensor):
         stacked = images
     else:
-        if not isinstance(images, (list, tuple)) or not all(isinstance(image, Tensor) for image in images):
-            raise TypeError(f"images must be a tensor (B, ...) or a list of tensors, not {type(images).__name__}")
+        others = [x for x in images if not isinstance(x, Tensor)] if isinstance(images, (list, tuple)) else [images]
+        if others:
+            kind = type(others[0]).__name__
+            raise TypeError(f"images must be a tensor (B, ...) or a list of tensors, not {kind}: use torch.as_tensor")
         shapes = sorted({tuple(image.shape) for image in images})
         kinds = {(image.dtype, image.device) for image in images}
         if len(shapes) > 1 or len(kinds) > 1:
             differ = f"shapes {', '.join(map(str, shapes))}" if len(shapes) > 1 else "dtypes or devices"
             raise ValueError(f"images that share products have one shape, dtype and device, not {differ}: sort them")
-        single = bool(images) and images[0].ndim > 1 and len(images[0]) == 1
+        single = bool(images) and images[0].ndim > 1 and images[0].ndim != 3 and len(images[0]) == 1
         stacked = torch.empty(0) if not images else torch.cat(list(images)) if single else torch.stack(list(images))
     if stacked.ndim == 0 or stacked.numel() == 0:
         raise ValueError(f"images of shape {tuple(stacked.shape)} hold no image")

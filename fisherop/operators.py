@@ -240,7 +240,8 @@ class FisherOperator(ModelOperator, InformationOperator):
     The operator is the Fisher matrix at the time it was made. Weights written in place, wherever the model keeps them,
     are noticed at the next product, which raises RuntimeError; `refresh` linearizes again. Weights replaced by other
     tensors change nothing before that, nor does what the model itself writes at every call, such as a counter. Weights
-    written through ``.data`` are not noticed, and products then mix old weights with new ones. A pickled operator carries model, image, noise and restriction, and linearizes again where it is loaded.
+    written through ``.data`` are not noticed, and products then mix old weights with new ones. A pickled operator
+    carries model, image, noise and restriction, and linearizes again where it is loaded.
 
     References
     ----------

@@ -230,7 +230,7 @@ def test_images_share_the_memory_of_dense_problems_and_search_spaces(monkeypatch
     monkeypatch.setattr(eigen, "DENSE_BYTES", 2 * 8 * 36 * 144)
     methods = {batch: fo.eigendistortions_many(model, images, rng=0, batch=batch)[0].method for batch in (2, 4)}
     assert methods == {2: "exact", 4: "lanczos"}
-    rooms = [rows_in_memory(many.FisherBatch(model, images[:count]).ops[0]) for count in (1, 4)]
+    rooms = [rows_in_memory(many.FisherBatch(model, images[:count], fo.noise.Gaussian()).ops[0]) for count in (1, 4)]
     assert rooms[0] == pytest.approx(4 * rooms[1], rel=1e-3)
 
 
@@ -284,8 +284,9 @@ def test_a_short_budget_gives_the_best_pairs_and_one_warning():
 
 def test_an_image_without_information_spoils_no_other():
     images = torch.tensor([[1.0, 2.0, 3.0], [-1.0, -1.0, -1.0]])
-    with pytest.warns(fo.ConvergenceWarning, match="image 1: F = 0"):
+    with pytest.warns(UserWarning, match="^image 1: F = 0") as caught:
         results = fo.eigendistortions_many(lambda x: x.relu() ** 2, images, rng=0)
+    assert [warning.category for warning in caught] == [UserWarning]
     assert results[0].eigenvalues[0] == pytest.approx(36.0)
     assert results[1].lambda_max == 0
 
@@ -337,6 +338,50 @@ def test_a_model_may_make_sparse_tensors_on_its_way():
 
 
 @pytest.mark.parametrize(
+    ("model", "noise", "message"),
+    [
+        (lambda x: 1 / x, None, "image 5: the response holds NaN or infinity"),
+        (lambda x: x - 0.05, fo.noise.Poisson(), "image 5: .*negative"),
+        (torch.sqrt, None, "image 5: the derivative of the response holds NaN or infinity"),
+    ],
+    ids=["response", "noise", "derivative"],
+)
+def test_an_image_that_cannot_be_taken_is_named(model, noise, message):
+    images = 0.1 + torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
+    images[5, 2] = 0
+    steps = []
+    with pytest.raises(ValueError, match=message):
+        fo.eigendistortions_many(model, images, noise=noise, batch=2, callback=lambda i, progress: steps.append(i))
+    assert message.startswith("image 5: the derivative") or not steps
+
+
+def test_noise_that_inherits_from_gaussian_may_depend_on_the_response():
+    class Weber(fo.noise.Gaussian):
+        def at(self, response):
+            return fo.noise.Gaussian((0.1 + response.abs()) ** 2).at(response)
+
+    model, images = problem()
+    images = images * torch.tensor([1.0, 2.0, 4.0, 8.0])[:, None, None, None]
+    results = fo.eigendistortions_many(model, images, noise=Weber(), rng=0)
+    assert_same(results, alone(model, images, noise=Weber()))
+
+
+@pytest.mark.parametrize("leading", [(), (1,)], ids=["(C, H, W)", "(1, C, H, W)"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_list_of_pictures_is_a_batch_of_them(leading, channels):
+    model = nn.Conv2d(channels, 2, 3).double()
+    images = torch.rand(3, channels, 6, 6, generator=torch.Generator().manual_seed(0)).double()
+    results = fo.eigendistortions_many(model, [image.reshape(*leading, *image.shape) for image in images], rng=0)
+    assert_same(results, fo.eigendistortions_many(model, images, rng=0))
+
+
+def test_any_generator_is_a_source_of_random_numbers():
+    model, images = problem()
+    for rng in (np.random.RandomState(3), np.random.default_rng(3)):
+        assert all(result.converged.all() for result in fo.eigendistortions_many(model, images, rng=rng))
+
+
+@pytest.mark.parametrize(
     ("respond", "message"),
     [
         (lambda x: {x}, "returned set; return a tensor"),
@@ -361,7 +406,10 @@ def test_a_response_that_is_no_numbers_is_refused_as_for_one_image(respond, mess
         ({"images": []}, "hold no image"),
         ({"images": "photographs"}, "images must be a tensor"),
         ({"images": torch.ones(2, 4, dtype=torch.int64)}, "float32 or float64"),
-        ({"images": torch.tensor([[0.0, 1.0], [float("nan"), 1.0]])}, "NaN"),
+        ({"images": torch.tensor([[0.0, 1.0], [float("nan"), 1.0]])}, "image 1: it holds NaN"),
+        ({"images": [np.ones(4)]}, "list of tensors, not ndarray: use torch.as_tensor"),
+        ({"noise": "gaussian"}, "noise must be one of fisherop.noise"),
+        ({"v0": 5}, "v0 must hold a start for every image, not int"),
         ({"method": "arpack"}, "method 'arpack' takes one image at a time: use 'auto', 'exact', 'lanczos'"),
         ({"method": "lanzcos"}, "did you mean 'lanczos'"),
         ({"k": 5}, "between 1 and n = 4"),
