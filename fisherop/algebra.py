@@ -130,11 +130,13 @@ class TensorOperator(LinearOperator):  # type: ignore[misc]
         return self + -x
 
     def __radd__(self, x: Any) -> LinearOperator:
+        # What Python's sum starts from.
+        return self if _is_number(x) and x == 0 else self.__rsub__(x)
+
+    def __rsub__(self, x: Any) -> LinearOperator:
         if _is_array(x):
             _refuse_to_add(self)
         return NotImplemented
-
-    __rsub__ = __radd__
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> NoReturn:
         """Refuse to become an array: NumPy would wrap the operator as one object, and its entries may be too many."""

@@ -164,8 +164,8 @@ def thresholds(result: Eigendistortions, *, d_prime: float = 1.0) -> NDArray[np.
 
     Raises
     ------
-    ValueError
-        If `d_prime` is not positive and finite.
+    TypeError, ValueError
+        If `result` is no such result, or `d_prime` not positive and finite.
 
     References
     ----------
@@ -177,6 +177,8 @@ def thresholds(result: Eigendistortions, *, d_prime: float = 1.0) -> NDArray[np.
     >>> fo.thresholds(fo.eigendistortions(np.diag([4.0, 1.0, 0.0]), k=3))
     array([0.5, 1. , inf])
     """
+    if not isinstance(result, Eigendistortions):
+        raise TypeError(f"result must be what eigendistortions returns, not {type(result).__name__}")
     d_prime = number(d_prime, "d_prime")
     if not 0 < d_prime < math.inf:
         raise ValueError(f"d_prime must be positive and finite, not {d_prime}")
@@ -298,6 +300,9 @@ def threshold_table(ops: Mapping[str, Any], results: Mapping[str, Any]) -> Thres
     A   0.693       0
     B    -1.1     1.1
     """
+    for name, given in (("ops", ops), ("results", results)):
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{name} must be a dict of names, as in {{'model': F}}, not {type(given).__name__}")
     rows = checked(list(ops.values()), tuple(ops))
     if not rows or not results:
         raise ValueError("a table needs at least one model and one set of distortions")

@@ -334,4 +334,7 @@ def _check_place(op: RowOperator, dtype: torch.dtype, device: torch.device) -> N
 
 
 def _size_words(op: RowOperator, shape: tuple[int, ...]) -> str:
-    return f"M of shape {tuple(shape)} fits no operator of order n = {op.n}: pass n x n, n entries, or one number"
+    within = " (coordinates within its restriction)" if op.image is not None and op.image.numel() != op.n else ""
+    return (
+        f"M of shape {tuple(shape)} fits no operator of order n = {op.n}{within}: pass n x n, n entries, or one number"
+    )

@@ -156,6 +156,10 @@ def principal_distortions(
     >>> p.distortions.shape, p.sensitivities.shape, p.converged
     (torch.Size([2, 1, 6, 6]), (2, 2), True)
     """
+    try:
+        ops = list(ops)
+    except TypeError:
+        raise TypeError(f"ops must be a sequence of Fisher matrices, not {type(ops).__name__}") from None
     rows = checked(ops, tuple(f"ops[{i}]" for i in range(len(ops))))
     if len(rows) < 2:
         raise ValueError("principal distortions compare two models or more: pass a sequence of Fisher matrices")

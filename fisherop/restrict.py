@@ -353,5 +353,7 @@ def _check_shape(matrix: Any, image: Tensor) -> None:
     if n != image.numel() or not 1 <= r <= n:
         raise ValueError(
             f"a basis within an image of n = {image.numel()} entries has shape (n, r) with 1 <= r <= n, "
-            f"not ({n}, {r})" + (": pass its transpose" if r == image.numel() else "")
+            f"not ({n}, {r})"
+            + (": pass its transpose" if r == image.numel() else "")
+            + (": of a mask pass mask > 0, for it must be boolean" if (n, r) == image.shape[-2:] else "")
         )

@@ -194,13 +194,20 @@ REFUSED = {
         r"results\['x'\] holds a distortion of zero",
     ),
     "table, empty": (lambda: fo.threshold_table({}, {}), "at least one model"),
+    "table, no names": (lambda: fo.threshold_table([np.eye(3)], {}), "ops must be a dict of names.* not list"),
+    "table, no sets": (lambda: fo.threshold_table({}, [np.eye(3)]), "results must be a dict of names"),
+    "thresholds of a matrix": (lambda: fo.thresholds(np.eye(3)), "what eigendistortions returns, not ndarray"),
+    "principal, an operator": (
+        lambda: fo.principal_distortions(fo.FisherOperator(torch.tanh, torch.zeros(3))),
+        "ops must be a sequence of Fisher matrices, not FisherOperator",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_makes_no_sense_is_refused_in_one_sentence(case):
     call, words = REFUSED[case]
-    with pytest.raises(ValueError, match=words) as caught:
+    with pytest.raises((TypeError, ValueError), match=words) as caught:
         call()
     assert "\n" not in str(caught.value)
 

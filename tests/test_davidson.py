@@ -281,6 +281,12 @@ def test_what_is_no_metric_is_refused_in_one_sentence(case):
     assert "\n" not in str(caught.value)
 
 
+def test_a_metric_of_pixels_does_not_fit_a_restriction_and_is_told_why():
+    F = fo.FisherOperator(torch.nn.Conv2d(1, 1, 3), torch.rand(1, 1, 4, 4), within=[1, 2, 5])
+    with pytest.raises(ValueError, match=r"n = 3 \(coordinates within its restriction\)"):
+        fo.eigendistortions(F, M=torch.ones(1, 1, 4, 4))
+
+
 def test_a_metric_with_a_null_space_or_another_image_is_refused():
     F = fo.FisherOperator(*build("linear m<n"))
     with pytest.raises(ValueError, match="M is singular, for its model has 10 responses to 25 pixels"):

@@ -444,6 +444,7 @@ DEPENDENT = np.column_stack([BASIS, BASIS[:, 0] + BASIS[:, 1]])
         (fo.restrict.Band(0.3, 0.1), ValueError, "0 <= low < high"),
         (fo.restrict.Band(0.01, 0.02), ValueError, "widen the band"),
         (BASIS.T, ValueError, "pass its transpose"),
+        (np.ones(SHAPE[-2:], dtype=np.uint8), ValueError, "of a mask pass mask > 0"),
         (np.ones((N, 0)), ValueError, "1 <= r <= n"),
         (DEPENDENT, ValueError, "has rank 4 and 5 columns"),
         (DEPENDENT.astype(np.float32), ValueError, "has rank 4 and 5 columns"),

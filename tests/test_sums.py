@@ -120,6 +120,14 @@ def test_sums_are_summed_pickled_and_refreshed():
     assert total.T is total
 
 
+def test_pythons_sum_adds_operators():
+    F = fo.FisherOperator(torch.square, torch.arange(3.0))
+    np.testing.assert_array_equal(sum([F, F]) @ np.eye(3), 2 * (F @ np.eye(3)))
+    for other in (1, np.eye(3)):
+        with pytest.raises(TypeError, match="an operator is added to an operator"):
+            sum([F], start=other)
+
+
 def test_a_sum_without_every_factor_is_served_without_one():
     model, image = build("linear m=n")
     wide = lambda x: torch.cat([model(x), x.new_ones(600)])  # noqa: E731
