@@ -124,8 +124,8 @@ def by_backend(name: str) -> Callable[[RowOperator, Request, Control], Found]:
     return ours[name] if name in ours else BACKENDS[name].solve
 
 
-def by_scipy(solver: str) -> Callable[[RowOperator, Request, Control], Found]:
-    """Return SciPy's solver as a user would call it: the small end as such, tolerances as documented."""
+def by_user(solver: str) -> Callable[[RowOperator, Request, Control], Found]:
+    """Return SciPy's or PRIMME's solver as a user would call it: the small end as such, tolerances as documented."""
 
     def solve(op: RowOperator, request: Request, control: Control) -> Found:
         def product(x: np.ndarray) -> np.ndarray:
@@ -135,12 +135,18 @@ def by_scipy(solver: str) -> Callable[[RowOperator, Request, Control], Found]:
         matrix = LinearOperator((op.n, op.n), matvec=product, matmat=product, dtype=float)
         rows = []
         for count, largest in ((request.largest, True), (request.smallest, False)):
+            which = "LA" if largest else "SA"
             if count and solver == "eigsh":
-                which = "LA" if largest else "SA"
                 rows.append(eigsh(matrix, count, which=which, tol=request.tol, maxiter=MAXITER // 10)[1].T)
-            elif count:
+            elif count and solver == "lobpcg":
                 start = request.rng.standard_normal((op.n, count))
                 rows.append(lobpcg(matrix, start, tol=request.tol, maxiter=MAXITER, largest=largest)[1].T)
+            elif count:
+                import primme
+
+                start = request.rng.standard_normal((op.n, 1))
+                options = {"method": "PRIMME_DEFAULT_MIN_MATVECS", "maxMatvecs": MAXITER}
+                rows.append(primme.eigsh(matrix, count, which=which, v0=start, tol=request.tol, **options)[1].T)
         return Found(op.tensor(np.concatenate(rows)), 0.0)
 
     return solve
@@ -162,8 +168,9 @@ def by_plenoptic(method: str) -> Callable[[RowOperator, Request, Control], Found
 
 
 PEERS = {
-    "scipy-eigsh": by_scipy("eigsh"),
-    "scipy-lobpcg": by_scipy("lobpcg"),
+    "scipy-eigsh": by_user("eigsh"),
+    "scipy-lobpcg": by_user("lobpcg"),
+    "primme-alone": by_user("primme"),
     "plenoptic-power": by_plenoptic("power"),
     "plenoptic-svd": by_plenoptic("randomized_svd"),
 }
