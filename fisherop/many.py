@@ -23,7 +23,7 @@ from fisherop import certificate
 from fisherop.eigen import NOTHING_NOTICED, advice, checked_request, choose, known
 from fisherop.linearize import Linearization, exact_arithmetic
 from fisherop.linearize.autodiff import bytes_written, differentiable, free_memory
-from fisherop.linearize.checks import buffers_kept, checked_image, close, flat_response, leaves
+from fisherop.linearize.checks import as_pairs, buffers_kept, checked_image, close, flat_response, leaves
 from fisherop.maps import whole
 from fisherop.noise import Custom, Gaussian, Noise, checked_noise, precision_at
 from fisherop.operators import InformationOperator
@@ -367,15 +367,14 @@ _MIXED = (
 
 def _rows_of(output: Any, count: int) -> Tensor:
     """Return a model's output for a batch, of whatever structure, as a row for every image."""
-    parts = []
-    for leaf in leaves(output):
+    parts, found = [], leaves(output)
+    for leaf in found:
         if leaf.ndim == 0 or len(leaf) != count:
             raise ValueError(
                 f"the model's response to a batch of {count} images has shape {tuple(leaf.shape)}: it must have a "
                 f"leading dimension of {count}; take images one by one with eigendistortions"
             )
-        real = torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
-        parts.append(real.reshape(count, -1))
+        parts.append(as_pairs(leaf, alone=len(found) == 1).reshape(count, -1))
     return torch.cat(parts, dim=1) if len(parts) != 1 else parts[0]
 
 

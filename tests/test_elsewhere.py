@@ -149,7 +149,7 @@ def test_every_function_gives_elsewhere_what_it_gives_on_the_host(name):
         close(there, here)
 
 
-@pytest.mark.filterwarnings("ignore::fisherop.ConvergenceWarning")
+@pytest.mark.filterwarnings("ignore:image 1. F = 0", "ignore::fisherop.ConvergenceWarning")
 @pytest.mark.parametrize(("k", "which"), [(2, "BE"), (3, "LM"), (5, "BE")])
 @pytest.mark.parametrize("room", [1500, 24])
 def test_images_side_by_side_get_elsewhere_what_they_get_on_the_host(k, which, room, monkeypatch):

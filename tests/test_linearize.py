@@ -36,6 +36,7 @@ RESPONSES = {
     "a conjugate": lambda x: torch.fft.fft(x.exp()).conj(),
     "a negative view": lambda x: [torch.fft.fft(x.exp()).conj().imag, torch._neg_view(torch.fft.fft(x))],
     "an adjoint": lambda x: torch.fft.fft2(x.sin()).mH,
+    "one real and complex": lambda x: (x.sum(), torch.fft.fft(x), x.prod()),
     "real and complex": lambda x: {"real": x**2, "complex": (torch.fft.rfft(x), x.mean() * 1j)},
 }
 

@@ -318,6 +318,35 @@ def test_image_and_model_of_the_user_stay_as_they_are():
     assert torch.equal(eig.image, before)
 
 
+def test_a_jacobian_of_other_weights_is_never_used():
+    model = nn.Conv2d(1, 2, 3, bias=False).eval()
+    eig = po.Eigendistortion(photograph(1, 1, 6, 6), model)
+    eig.synthesize("exact")
+    once = eig.eigenvalues
+    eig.to("cpu")
+    assert eig.jacobian is not None  # nothing has changed
+    with torch.no_grad():
+        model.weight.mul_(10)
+    with pytest.raises(RuntimeError, match="weights were written"):
+        eig.synthesize("exact")
+    with pytest.raises(RuntimeError, match="weights were written"):
+        eig.compute_jacobian()
+    eig.to("cpu")
+    eig.synthesize("exact")
+    torch.testing.assert_close(eig.eigenvalues, 100 * once, rtol=1e-4, atol=1e-4 * float(once[0]))
+
+
+def test_arguments_that_make_no_sense_are_named_as_this_class_names_them():
+    eig = po.Eigendistortion(photograph(1, 1, 4, 4), square)
+    for change, error, words in (
+        ({"max_iter": "a"}, TypeError, "max_iter must be a whole number"),
+        ({"stop_criterion": "a"}, TypeError, "stop_criterion must be made of numbers"),
+        ({"stop_criterion": -1.0}, ValueError, "stop_criterion is relative to the largest eigenvalue"),
+    ):
+        with pytest.raises(error, match=words):
+            eig.synthesize(**change)
+
+
 def test_weights_written_after_the_start_are_noticed():
     model = nn.Conv2d(1, 2, 3).eval()
     eig = po.Eigendistortion(photograph(1, 1, 8, 8), model)
@@ -771,7 +800,7 @@ def test_a_damaged_file_is_refused_in_one_sentence(tmp_path):
     eig.synthesize()
     eig.save(path)
     whole, state = path.read_bytes(), torch.load(path)
-    for content in (b"", b"not a file of tensors", whole[:100], whole[: len(whole) // 2]):
+    for content in (b"", b"not a file of tensors", b"hello", b"\x80\x02.", whole[:100], whole[: len(whole) // 2]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"eig.pt is not a file of tensors and plain data, or is damaged"):
             po.Eigendistortion(image, model).load(path)

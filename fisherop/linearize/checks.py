@@ -12,8 +12,8 @@ from torch import Tensor
 
 def flat_response(output: Any, image: Tensor) -> Tensor:
     """Flatten a model's output, of whatever structure, to one real vector in the image's dtype."""
-    parts = []
-    for leaf in leaves(output):
+    parts, found = [], leaves(output)
+    for leaf in found:
         if leaf.device != image.device:
             raise ValueError(f"the response is on {leaf.device} and the image on {image.device}: move one to the other")
         if leaf.dtype not in (torch.float32, torch.float64, torch.complex64, torch.complex128):
@@ -21,8 +21,7 @@ def flat_response(output: Any, image: Tensor) -> Tensor:
                 f"the response holds {leaf.dtype}; return only float32, float64 or complex tensors"
                 + (" (call .float() on the model)" if leaf.dtype in (torch.float16, torch.bfloat16) else "")
             )
-        real = torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
-        parts.append(real.reshape(-1).to(image.dtype))
+        parts.append(as_pairs(leaf, alone=len(found) == 1).reshape(-1).to(image.dtype))
     response = parts[0] if len(parts) == 1 else torch.cat(parts)
     if response.numel() == 0:
         raise ValueError("the response is empty: return at least one number")
@@ -37,6 +36,17 @@ def leaves(output: Any) -> list[Tensor]:
     if not found:
         raise ValueError(f"the model returned no tensor but {type(output).__name__}: return the response as a tensor")
     return found
+
+
+def as_pairs(leaf: Tensor, *, alone: bool) -> Tensor:
+    """Return a complex tensor as pairs of real numbers, and any other as it is.
+
+    Pairs are a view where the tensor is the whole response. Beside others its cotangent may begin at an odd place,
+    where it cannot be viewed as complex numbers.
+    """
+    if not leaf.is_complex():
+        return leaf
+    return torch.view_as_real(leaf.resolve_conj()) if alone else torch.stack((leaf.real, leaf.imag), dim=-1)
 
 
 def _leaves(output: Any) -> Iterator[Tensor]:

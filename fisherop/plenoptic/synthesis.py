@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fisherop.eigen import eigendistortions
 from fisherop.linearize.checks import buffers_kept, checked_image
-from fisherop.maps import whole
+from fisherop.maps import number, whole
 from fisherop.operators import FisherOperator
 from fisherop.result import Eigendistortions
 
@@ -151,8 +151,8 @@ class Eigendistortion:
 
         Raises
         ------
-        ValueError
-            For another method, or a k that does not fit the image.
+        TypeError, ValueError
+            For another method, a k that does not fit the image, or a stop_criterion that is none.
         AssertionError
             If max_iter is not positive, for "power".
         RuntimeError
@@ -174,8 +174,11 @@ class Eigendistortion:
         """
         if method not in METHODS:
             raise ValueError(f"method must be in {METHODS}, not {method!r}")
-        if method == "power" and max_iter <= 0:
+        if method == "power" and whole(max_iter, "max_iter") <= 0:
             raise AssertionError(f"max_iter must be greater than zero, not {max_iter}")
+        stop_criterion = number(stop_criterion, "stop_criterion")
+        if not 0 <= stop_criterion < 1:
+            raise ValueError(f"stop_criterion is relative to the largest eigenvalue, from 0 to 1, not {stop_criterion}")
         n = self.image.numel()
         if method == "exact":
             self._warn_of_large_jacobian()
@@ -201,6 +204,11 @@ class Eigendistortion:
         Tensor
             ``(m, n)``, of the flattened response by the flattened image.
 
+        Raises
+        ------
+        RuntimeError
+            If the model's weights were written since the object was made.
+
         Warns
         -----
         UserWarning
@@ -213,8 +221,9 @@ class Eigendistortion:
         tensor([[1., 0.],
                 [0., 1.]])
         """
+        at = self._operator.linearization
+        at.jvp(self.image.new_zeros(0, self.image.numel()))  # a product of nothing, for weights written since
         if self._jacobian is None:
-            at = self._operator.linearization
             m, n = at.shape
             if n > 1e4:
                 warnings.warn(f"the Jacobian at {n} pixels may take too long: other methods need none", stacklevel=2)
@@ -292,7 +301,7 @@ class Eigendistortion:
             raise ValueError("load can only be called with a just-initialized Eigendistortion object")
         try:
             state = torch.load(file_path, map_location=map_location, **pickle_load_args)
-        except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        except (EOFError, LookupError, RuntimeError, pickle.UnpicklingError) as error:
             if "map_location" in str(error):  # of a device that is not here
                 raise
             raise ValueError(f"{file_path} is not a file of tensors and plain data, or is damaged") from error
@@ -355,9 +364,11 @@ class Eigendistortion:
             self._model = self._model.to(*args, **kwargs)
         else:
             warnings.warn("Unable to call model.to(), so we leave it as is.", stacklevel=2)
-        self._operator = _linearized(self._model, image)
+        before, self._operator = self._operator, _linearized(self._model, image)
         if self._jacobian is not None:
-            self._jacobian = self._jacobian.to(image)
+            response = before.linearization.response.to(image)
+            same = torch.allclose(self._operator.linearization.response, response, rtol=1e-4, atol=1e-6)
+            self._jacobian = self._jacobian.to(image) if same else None  # other weights have another one
         if self._result is not None:
             vectors = self._result.eigendistortions.to(image)
             self._result = dataclasses.replace(self._result, eigendistortions=vectors, image=self.image)

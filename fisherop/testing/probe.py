@@ -8,6 +8,7 @@ array([3., 4.])
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NoReturn
@@ -81,7 +82,7 @@ class Probe:
     @cached_property
     def size(self) -> float:
         """The root mean square of the norms of products with Gaussian vectors: the Frobenius norm, about."""
-        return norm(np.stack([self.product(self.draw(self.n)) for _ in range(COUNT)])) / COUNT**0.5
+        return norm(np.stack([self.product(self.draw(self.n)) for _ in range(COUNT)])) / math.sqrt(COUNT)
 
     def tolerance(self, scale: float = 1.0) -> float:
         """Return the error allowed to what is `scale` times as large as products with Gaussian vectors are."""
