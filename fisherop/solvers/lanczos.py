@@ -33,6 +33,10 @@ from fisherop.solvers.space import SearchSpace, eye, shelves
 
 BASIS_ROWS = 1500
 SAFETY = 0.9  # part of the tolerance used: tracked residuals and the certificate's differ by rounding
+LAST = 0.3  # of the tolerance, that the last pair of an end is brought to for what it says of those beyond it
+ROUNDINGS = 20  # units of rounding, that a residual is not asked to come below
+NEAR_ZERO = 1000  # tolerances: pairs of the large end that are no larger may be null vectors in place of others
+LOOKS = 3  # more that are taken at them
 MISSED = 5e-5  # probability that a search for missed pairs overlooks one
 SHARE = 0.05  # of its square norm that a missed eigenvector may have in what is left out of a search for it
 NEAR = 100  # Ritz vectors next to those wanted that may be known well enough to be left out of a search
@@ -61,7 +65,7 @@ def steps(
     space = SearchSpace(op, (yield shelves, (op, max(room, 3 * (request.k + width + given)))))
     space.inject(request.start(op, min(op.n, width + given)))
     # Rows that the caller gave are not random: they may lack any eigenvector.
-    pairs = Pairs(request, width, seen=0 if given else width)
+    pairs = Pairs(request, width, seen=0 if given else width, dtype=op.dtype)
     while space.pending or space.inject(op.random_rows(width, request.rng)):
         directions = pairs.directions(space)
         if space.full(directions.shape[1]):
@@ -129,14 +133,17 @@ class Doubt:
 class Pairs:
     """The Ritz pairs wanted of a search space, and what they ask for next."""
 
-    def __init__(self, request: Request, width: int, seen: int) -> None:
+    def __init__(self, request: Request, width: int, seen: int, dtype: torch.dtype) -> None:
         self.request, self.width, self.seen = request, width, seen
         self.limit = SAFETY * request.tol
+        self.eps = torch.finfo(dtype).eps
         self.lambda_max = 0.0
         self.residuals = torch.full((request.k,), math.inf, dtype=torch.float64, device="cpu")
         self.values: Matrix = torch.zeros(0, dtype=torch.float64, device="cpu")
         self.mix: Matrix = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
         self.current = self.mix
+        self.ends = math.inf, math.inf
+        self.looks = 0
         self.converged = False
 
     @property
@@ -164,8 +171,9 @@ class Pairs:
         if len(self.values) < space.done:
             self.values, self.mix = torch.linalg.eigh(space.matrix())
             self.lambda_max = max(self.lambda_max, float(self.values[-1]))
-            self._judge(space, self.mix[:, self._first(space.done)])
-            self.converged = self._within_limit()
+            first = self._first(space.done)
+            self._judge(space, self.mix[:, first], self.values[first])
+            self.converged = self._settled()
 
     def _follow_chain(self, space: SearchSpace) -> None:
         """Compute the wanted pairs alone, of a tridiagonal matrix: far less work than its whole eigenproblem."""
@@ -174,11 +182,12 @@ class Pairs:
         top, bottom, size = self.request.largest, self.request.smallest, space.done
         try:
             values, high = solve(select_range=(size - max(top, 1), size - 1))
-            low = solve(select_range=(0, bottom - 1))[1] if bottom else high[:, :0]
+            few, low = solve(select_range=(0, bottom - 1)) if bottom else (values[:0], high[:, :0])
         except np.linalg.LinAlgError:  # inverse iteration does not always come to an end
             return self.update(space)
         self.lambda_max = max(self.lambda_max, float(values[-1]) * space.scale)
-        self._judge(space, torch.from_numpy(np.hstack([high[:, ::-1][:, :top], low[:, ::-1]])))
+        found = np.hstack([values[::-1][:top], few[::-1]]) * space.scale
+        self._judge(space, torch.from_numpy(np.hstack([high[:, ::-1][:, :top], low[:, ::-1]])), torch.from_numpy(found))
 
     def _estimate(self, space: SearchSpace) -> None:
         """Approximate the pairs from the Ritz vectors next to them when last computed, and the rows multiplied since.
@@ -191,18 +200,39 @@ class Pairs:
         parts = torch.cat([known, eye(space.done)[:, since]], dim=1)
         products = torch.cat([known * self.values[nearest], space.h[: space.done, since]], dim=1)
         products[since, : len(nearest)] = space.h[:old, since].T @ known[:old]
-        _, mix = torch.linalg.eigh(parts.T @ products)
-        self._judge(space, parts @ mix[:, self._first(len(mix))])
+        values, mix = torch.linalg.eigh(parts.T @ products)
+        first = self._first(len(mix))
+        self._judge(space, parts @ mix[:, first], values[first])
 
-    def _judge(self, space: SearchSpace, current: Matrix) -> None:
+    def _judge(self, space: SearchSpace, current: Matrix, values: Matrix) -> None:
         """Take vectors for the current ones; residuals are relative to the largest Ritz value so far."""
         self.current = current
+        top, few = self.request.largest, len(values) < self.request.k
+        self.ends = (math.inf, math.inf) if few else (float(values[max(top, 1) - 1]), float(values[self.request.k - 1]))
         self.residuals[:] = math.inf
         norms = self._norms(space, current)[: self.request.k]
         self.residuals[: len(norms)] = norms
 
     def _within_limit(self) -> bool:
-        return bool((self.residuals <= self.limit).all())
+        """Tell whether the wanted pairs are within the tolerance, and the last of each end well within.
+
+        Where the next eigenvalues are a crowd, the Ritz vector is theirs for long, with a residual of no more than its
+        small part of the vector sought: the nearer to it, the better they are told apart. Nothing is beyond zero.
+        """
+        limits = torch.full_like(self.residuals, self.limit)
+        strict = max(LAST * self.limit, min(self.limit, ROUNDINGS * self.eps))
+        if self.request.largest:
+            limits[self.request.largest - 1] = strict
+        if self.request.smallest and self.ends[1] > self.slack:
+            limits[-1] = strict
+        return bool((self.residuals <= limits).all())
+
+    def _settled(self) -> bool:
+        """Tell whether the pairs are within their limits, after another look where null vectors may stand for some."""
+        if not self._within_limit():
+            return False
+        self.looks += 1
+        return not self.request.largest or self.ends[0] > NEAR_ZERO * self.slack or self.looks > LOOKS
 
     def directions(self, space: SearchSpace) -> Matrix:
         """Return the combinations of pending rows that improve the first pairs not yet converged."""
