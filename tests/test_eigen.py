@@ -16,6 +16,7 @@ from strategies import block, spectrum_operator
 
 import fisherop as fo
 from fisherop.solvers import BACKENDS
+from fisherop.solvers.contract import orthonormal
 
 METHODS = ["auto", *(name for name in BACKENDS if name != "primme" or importlib.util.find_spec("primme"))]
 DTYPES = (torch.float32, torch.float64)
@@ -224,7 +225,9 @@ def test_a_dense_problem_that_is_stopped_gives_the_best_of_what_it_has_seen(fact
     F = fo.FisherOperator(lambda x: x @ L.T, image) if factored else (L.T @ L).numpy()
     tops = []
     for steps in (1, 2):
-        with pytest.warns(fo.ConvergenceWarning, match=r"stopped 'exact'; pass v0=.* with method='lanczos'"):
+        with pytest.warns(
+            fo.ConvergenceWarning, match=r"stopped 'exact'; start again from v0=.* with method='lanczos'"
+        ):
             r = fo.eigendistortions(F, 6, "BE", "exact", rng=0, callback=lambda p, s=steps: p.iteration == s)
         assert r.n_matvec <= 64 * steps + 6
         assert not r.converged.any()
@@ -275,6 +278,28 @@ def test_a_problem_about_as_large_as_a_basis_is_solved(method, n):
 def test_the_dimension_of_a_null_space_that_was_seen_whole_is_told(method):
     result = solve(spectrum_operator(np.append(np.linspace(1, 0.5, 37), np.zeros(3)))[0], 6, "SM", method)
     assert result.nullity == 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "known", "new"), [(7, 6, 6), (17, 8, 8), (17, 16, 8), (100, 96, 6), (100, 99, 6)])
+def test_rows_that_others_leave_no_room_for_are_dropped(n, known, new, dtype):
+    for seed in range(10):
+        others = orthonormal(torch.from_numpy(block(seed, known, n)).to(dtype))
+        products = others[-new:] @ torch.from_numpy(spectrum_operator(np.linspace(2, 1, n), seed)[0].numpy()).to(dtype)
+        both = torch.cat([others, orthonormal(products, others)]).double()
+        assert len(both) <= n
+        torch.testing.assert_close(
+            both @ both.T, torch.eye(len(both)).double(), atol=10 * torch.finfo(dtype).eps, rtol=0
+        )
+
+
+@pytest.mark.parametrize("n", [7, 9, 13, 17, 49])
+def test_a_krylov_space_that_fills_all_there_is_claims_no_wrong_pair(n):
+    for seed in range(10):
+        matrix = spectrum_operator(np.linspace(1, 0.1, n), seed, torch.float32)[0]
+        result = fo.eigendistortions(matrix, 3, "LM", "randomized_svd", tol=1e-2, rng=seed)
+        assert_right(result, matrix.double().numpy())
+        assert result.lambda_max <= 1 + 1e-5
 
 
 @pytest.mark.parametrize("method", ["lobpcg", "power"])

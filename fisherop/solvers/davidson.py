@@ -74,10 +74,7 @@ class SearchSpace:
     def extend(self, block: Tensor) -> int:
         """Add what is new in the block, multiply it, and return how many rows that gave."""
         old = slice(0, self.size)
-        fresh = block
-        for _ in range(2 if len(block) else 0):
-            fresh = orthonormal(fresh - (fresh @ self.images[old].T) @ self.rows[old])
-        fresh = fresh[: len(self.rows) - self.size]
+        fresh = orthonormal(block, self.rows[old], self.images[old])[: len(self.rows) - self.size]
         if not len(fresh):
             return 0
         images = fresh
