@@ -289,7 +289,7 @@ def test_rows_that_others_leave_no_room_for_are_dropped(n, known, new, dtype):
         both = torch.cat([others, orthonormal(products, others)]).double()
         assert len(both) <= n
         torch.testing.assert_close(
-            both @ both.T, torch.eye(len(both)).double(), atol=10 * torch.finfo(dtype).eps, rtol=0
+            both @ both.T, torch.eye(len(both)).double(), atol=100 * torch.finfo(dtype).eps, rtol=0
         )
 
 
