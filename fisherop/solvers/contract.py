@@ -143,13 +143,17 @@ class Found:
     vectors : Tensor, shape (largest + smallest, n)
         Rows that span the wanted eigenvectors, those of the largest eigenvalues first.
     lambda_max : float
-        The largest Ritz value met: a lower bound of the largest eigenvalue.
+        The largest Ritz value met, which the solver's own residuals are relative to. The certificate does not believe
+        it: an error there would loosen the tolerance of every pair.
     nullity : int or None
         Dimension of the null space, where the solver knows it exactly.
     note : str
         What the user should know of the way.
     doubt : str
         Why a better pair may have been missed, where the solver checks that and could not finish.
+    top : Tensor of shape (1, n) or None
+        The Ritz vector of `lambda_max`, from which the certificate computes its own where no pair of the large end was
+        asked for.
     """
 
     vectors: Tensor
@@ -157,6 +161,7 @@ class Found:
     nullity: int | None = None
     note: str = ""
     doubt: str = ""
+    top: Tensor | None = None
 
 
 Answer = TypeVar("Answer")
@@ -286,13 +291,20 @@ def symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.T) / 2
 
 
-def largest_ritz_value(op: RowOperator, request: Request, steps: int = 12) -> float:
-    """Estimate the largest eigenvalue from below by a few Lanczos steps with full reorthogonalization."""
-    return float(ritz_values(op, request.start(op, 1), steps)[-1])
+def largest_ritz_pair(op: RowOperator, request: Request, steps: int = 12) -> tuple[float, Tensor]:
+    """Estimate the largest eigenvalue from below by a few Lanczos steps, and return its Ritz vector as one row."""
+    values, x, _ = ritz(*_krylov(op, request.start(op, 1, blurred=True), steps), 1, 0)
+    return float(values[0]), x
 
 
 def ritz_values(op: RowOperator, start: Tensor, steps: int) -> Tensor:
-    """Return the ascending Ritz values of a few Lanczos steps from one row, with full reorthogonalization."""
+    """Return the ascending Ritz values of a few Lanczos steps from one row."""
+    values: Tensor = torch.linalg.eigvalsh(symmetric(gram(*_krylov(op, start, steps))))
+    return values
+
+
+def _krylov(op: RowOperator, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Return the rows of a few Lanczos steps with full reorthogonalization, and F times them."""
     basis = orthonormal(start)
     products = op.rows(basis)
     for _ in range(min(steps, op.n) - 1):
@@ -301,8 +313,7 @@ def ritz_values(op: RowOperator, start: Tensor, steps: int) -> Tensor:
             break
         basis = torch.cat([basis, fresh])
         products = torch.cat([products, op.rows(fresh)])
-    values: Tensor = torch.linalg.eigvalsh(symmetric(gram(basis, products)))
-    return values
+    return basis, products
 
 
 class Stop(Exception):

@@ -52,13 +52,14 @@ def solve(op: RowOperator, request: Request, control: Control, *, basis: int | N
         directions = space.products[space.size - 1 : space.size] if pairs.converged else pairs.directions()
         if not space.extend(directions) and not space.extend(op.random_rows(request.k, request.rng)):
             break
-    return Found(pairs.vectors, pairs.lambda_max, null_dimension(op, pairs.values, pairs.lambda_max))
+    nullity = null_dimension(op, pairs.values, pairs.lambda_max)
+    return Found(pairs.vectors, pairs.lambda_max, nullity, top=pairs.top())
 
 
-def scale(op: RowOperator, request: Request, steps: int = 12) -> float:
-    """Estimate the largest eigenvalue from below by a few steps with one row."""
-    one = Request(1, 0, 0.5, request.rng)
-    return solve(op, one, Control(op, steps)).lambda_max
+def scale(op: RowOperator, request: Request, steps: int = 12) -> tuple[float, Tensor]:
+    """Estimate the largest eigenvalue from below by a few steps with one row, and return its Ritz vector as one row."""
+    found = solve(op, Request(1, 0, 0.5, request.rng), Control(op, steps))
+    return found.lambda_max, found.vectors
 
 
 class SearchSpace:
@@ -133,6 +134,11 @@ class Pairs:
         values = self.values[order, None].to(images)
         self.residual_rows = turn @ space.products[: space.size] - values * images
         self.residuals = self._norms()
+
+    def top(self) -> Tensor:
+        """Return the Ritz vector of the largest value."""
+        highest: Tensor = self.mix[:, -1:].T.to(self.space.rows) @ self.space.rows[: self.space.size]
+        return highest
 
     def directions(self) -> Tensor:
         """Return the residuals of the pairs that have not converged."""

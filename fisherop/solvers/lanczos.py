@@ -72,7 +72,9 @@ def steps(
         if control.step(pairs.residuals) or pairs.converged:
             break
     pairs.update(space)
-    found = Found(pairs.vectors(space), pairs.lambda_max, null_dimension(op, pairs.values, pairs.lambda_max))
+    nullity = null_dimension(op, pairs.values, pairs.lambda_max)
+    top = None if request.largest else space.combine(pairs.mix[:, -1:])
+    found = Found(pairs.vectors(space), pairs.lambda_max, nullity, top=top)
     if not pairs.converged or space.done == op.n or (yield from nothing_missed(space, pairs, room, control)):
         return found
     if control.ended:

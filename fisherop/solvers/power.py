@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from fisherop.rows import RowOperator, row_norms
-from fisherop.solvers.contract import Control, Found, Request, largest_ritz_value, orthonormal, ritz
+from fisherop.solvers.contract import Control, Found, Request, largest_ritz_pair, orthonormal, ritz
 
 
 def solve(op: RowOperator, request: Request, control: Control) -> Found:
     """Iterate a block as wide as the pairs wanted, first at the large end, then at the small one."""
-    lambda_max = largest_ritz_value(op, request)
+    lambda_max, highest = largest_ritz_pair(op, request)
     vectors = []
     for largest, smallest in ((request.largest, 0), (0, request.smallest)):
         if largest + smallest:
             x, lambda_max = _iterate(op, request, control, largest, smallest, lambda_max)
             vectors.append(x)
-    return Found(torch.cat(vectors), lambda_max)
+    return Found(torch.cat(vectors), lambda_max, top=highest)
 
 
 def _iterate(

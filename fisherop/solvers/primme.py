@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fisherop.rows import RowOperator
 from fisherop.solvers import exact
-from fisherop.solvers.contract import Control, Found, Request, Stop, Watched, largest_ritz_value, orthonormal
+from fisherop.solvers.contract import Control, Found, Request, Stop, Watched, largest_ritz_pair, orthonormal
 
 DENSE_BELOW = 8
 
@@ -26,12 +26,12 @@ def solve(op: RowOperator, request: Request, control: Control) -> Found:
     primme = _primme()
     if op.n <= DENSE_BELOW * request.k:
         return exact.solve_small(op, request, control)
-    lambda_max = largest_ritz_value(op, request)
+    lambda_max, highest = largest_ritz_pair(op, request)
     if lambda_max <= 0:
         return Found(request.start(op, request.k), 0.0)
     ends = [(request.largest, True), (request.smallest, False)]
     vectors = [_one_end(primme, op, request, control, count, top, lambda_max) for count, top in ends if count]
-    return Found(torch.cat(vectors), lambda_max)
+    return Found(torch.cat(vectors), lambda_max, top=highest)
 
 
 def _one_end(
