@@ -323,6 +323,40 @@ def test_eigenvectors_of_another_part_of_the_spectrum_do_not_deceive_as_a_start(
                 assert_right(solve(matrix, 2, which, method, v0=v0, maxiter=500, rng=seed), matrix.numpy())
 
 
+GAPS = np.r_[5.0, 4, 3, np.linspace(1, 0.1, 597)]
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("auto", "exact", "power", "nullspace")])
+def test_eigenvectors_of_the_next_indices_do_not_pass_for_the_first(method):
+    for k in (1, 2):
+        for rows in (np.eye(600)[1 : 1 + k], np.eye(600)[[1] * 3]):
+            result = fo.eigendistortions(np.diag(GAPS), k, "LM", method, v0=rows, rng=0)
+            assert result.converged.all()
+            np.testing.assert_allclose(result.eigenvalues, GAPS[:k], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["davidson", "randomized_svd", "lanczos"])
+def test_a_near_neighbour_given_as_a_start_does_not_pass_for_the_first(method):
+    values = np.linspace(1, 0.1, 600)
+    for seed in range(4):
+        result = fo.eigendistortions(np.diag(values), 1, "LM", method, v0=np.eye(600)[1], tol=1e-4, rng=seed)
+        assert result.converged.all()
+        np.testing.assert_allclose(result.eigenvalues, 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("auto", "exact")])
+def test_a_search_that_was_cut_off_claims_no_index_without_a_warning(method):
+    for steps in (1, 2, 3):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = fo.eigendistortions(
+                np.diag(GAPS), 1, "LM", method, v0=np.eye(600)[1], rng=0, maxiter=steps, tol=1e-3
+            )
+        assert abs(result.eigenvalues[0] - 5) <= 5e-3 or [w.category for w in caught] == [fo.ConvergenceWarning]
+        if caught and result.converged.all():
+            assert "stopped before" in result.message
+
+
 @given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.sampled_from(["LM", "SM", "BE"]))
 def test_residuals_and_bounds_are_what_they_say(seed, k, which):
     rng = np.random.default_rng(seed)

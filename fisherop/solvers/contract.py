@@ -22,6 +22,7 @@ from fisherop.maps import number
 from fisherop.rows import RowOperator, unit
 
 BASIS_BYTES = 1 << 30
+CUT = "stopped before its search came to an end"
 
 Matrix = Tensor
 """Small float64 matrices on the CPU, where small eigenproblems are solved faster, and without waiting for a device.
@@ -126,12 +127,14 @@ class Request:
         An earlier result has its smallest pairs last, so the small end starts from the last rows of v0.
         """
         rows = op.random_rows(count, self.rng)
-        if self.v0 is not None:
-            rows = torch.cat([self.v0.flip(0) if smallest else self.v0, rows])[:count]
-            if blurred:
-                blur = min(0.1, 100 * self.tol * op.n**0.5)
-                rows = unit(rows) + blur / op.n**0.5 * op.random_rows(count, self.rng)
-        return orthonormal(rows)
+        if self.v0 is None:
+            return orthonormal(rows)
+        given = unit((self.v0.flip(0) if smallest else self.v0)[:count])
+        if blurred:
+            blur = min(0.1, 100 * self.tol * op.n**0.5)
+            given = given + blur / op.n**0.5 * op.random_rows(len(given), self.rng)
+        given = orthonormal(given)
+        return torch.cat([given, orthonormal(rows[len(given) :], given)])
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fisherop.rows import RowOperator, row_norms, unit
 from fisherop.solvers.contract import (
+    CUT,
     Control,
     Found,
     Matrix,
@@ -29,7 +30,7 @@ from fisherop.solvers.contract import (
 )
 
 SAFETY = 0.7  # part of the tolerance used: tracked residuals and the certificate's differ by rounding
-GUARD = 5  # steps before pairs that came with v0 are believed
+GUARD = 5  # steps for the next pairs before those that came with v0 are believed
 SPREAD = 1.1  # by how much a residual's ratio of norms may exceed those seen so far before it is measured again
 
 
@@ -39,21 +40,24 @@ def solve(op: RowOperator, request: Request, control: Control, *, basis: int | N
     room = basis or min(20 * request.k + 200, rows_in_memory(op) // 3)
     space = SearchSpace(op, max(room, 5 * request.k + given))
     pairs = Pairs(request, space)
-    space.extend(request.start(op, min(op.n, request.k + given)))
+    space.extend(request.start(op, min(op.n, max(request.k, given + 1))))
+    searched = 0
     while True:
         pairs.update()
-        believed = pairs.converged and (not given or control.iteration >= GUARD)
+        believed = pairs.converged and (not given or (searched >= GUARD and not pairs.rivalled()))
+        searched += pairs.converged
         if control.step(pairs.residuals) or believed or space.size == op.n:
             break
         if space.size + request.k > len(space.rows) < op.n:
             space.restart(pairs.kept())
             pairs.update()
-        # Eigenvectors to start from have converged as they are: a random row goes on, to look for better ones.
-        directions = space.products[space.size - 1 : space.size] if pairs.converged else pairs.directions()
-        if not space.extend(directions) and not space.extend(op.random_rows(request.k, request.rng)):
+        # Eigenvectors to start from have converged as they are: the pairs next to them go on, and may turn out better.
+        directions = pairs.next_residuals() if pairs.converged else pairs.directions()
+        if not space.extend(unit(directions)) and not space.extend(op.random_rows(request.k, request.rng)):
             break
     nullity = null_dimension(op, pairs.values, pairs.lambda_max)
-    return Found(pairs.vectors, pairs.lambda_max, nullity, top=pairs.top())
+    doubt = CUT if control.ended and not believed and space.size < op.n else ""
+    return Found(pairs.vectors, pairs.lambda_max, nullity, doubt=doubt, top=pairs.top())
 
 
 def scale(op: RowOperator, request: Request, steps: int = 12) -> tuple[float, Tensor]:
@@ -129,10 +133,7 @@ class Pairs:
         self.lambda_max = max(self.lambda_max, float(self.values[-1]))
         order = self.request.places(space.size, self.request.largest, self.request.smallest)
         self.before, self.wanted = self.wanted, self.mix[:, order]
-        turn = self.wanted.T.to(space.rows)
-        self.vectors, images = turn @ space.rows[: space.size], turn @ space.images[: space.size]
-        values = self.values[order, None].to(images)
-        self.residual_rows = turn @ space.products[: space.size] - values * images
+        self.vectors, self.residual_rows = self._residual_rows(order)
         self.residuals = self._norms()
 
     def top(self) -> Tensor:
@@ -142,7 +143,35 @@ class Pairs:
 
     def directions(self) -> Tensor:
         """Return the residuals of the pairs that have not converged."""
-        return unit(self.residual_rows[(self.residuals > self.limit).to(self.residual_rows.device)])
+        return self.residual_rows[(self.residuals > self.limit).to(self.residual_rows.device)]
+
+    def next_residuals(self) -> Tensor:
+        """Return the residuals of the pairs next to those wanted, at each end."""
+        return self._residual_rows([place for _, place in self._next()])[1]
+
+    def rivalled(self) -> bool:
+        """Tell whether such a pair may, for all that its residual says, turn out better than those wanted."""
+        slack = self.request.tol * self.lambda_max
+        norms = self.ratio * row_norms(self.next_residuals())
+        return any(
+            sign * (self.values[place] - self.values[place + sign]) + norm > slack
+            for (sign, place), norm in zip(self._next(), norms.tolist(), strict=True)
+            if sign > 0 or self.values[place - 1] > slack  # nothing is below zero
+        )
+
+    def _next(self) -> list[tuple[int, int]]:
+        """Return the ends that are wanted, 1 the large or -1 the small one, and the places of the next pairs there."""
+        ends = (1, len(self.values) - 1 - self.request.largest), (-1, self.request.smallest)
+        wanted = self.request.largest, self.request.smallest
+        return [end for end, count in zip(ends, wanted, strict=True) if count and 0 <= end[1] < len(self.values)]
+
+    def _residual_rows(self, places: list[int]) -> tuple[Tensor, Tensor]:
+        """Return the Ritz vectors at some places, and their residuals."""
+        space = self.space
+        turn = self.mix[:, places].T.to(space.rows)
+        vectors, images = turn @ space.rows[: space.size], turn @ space.images[: space.size]
+        values = self.values[places, None].to(images)
+        return vectors, turn @ space.products[: space.size] - values * images
 
     def kept(self) -> Matrix:
         """Return the combinations that survive a restart: Ritz vectors, and the wanted ones of the step before."""

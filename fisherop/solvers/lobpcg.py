@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fisherop.rows import RowOperator
 from fisherop.solvers import davidson, exact
-from fisherop.solvers.contract import Control, Found, Request, Stop, Watched, largest_ritz_pair, orthonormal
+from fisherop.solvers.contract import CUT, Control, Found, Request, Stop, Watched, largest_ritz_pair, orthonormal
 
 DENSE_BELOW = 8
 
@@ -31,7 +31,7 @@ def solve(op: RowOperator, request: Request, control: Control) -> Found:
         return Found(request.start(op, request.k), 0.0)
     ends = [(request.largest, True), (request.smallest, False)]
     vectors = [_one_end(op, request, control, count, top, lambda_max) for count, top in ends if count]
-    return Found(torch.cat(vectors), lambda_max, top=highest)
+    return Found(torch.cat(vectors), lambda_max, doubt=CUT if control.ended else "", top=highest)
 
 
 def _one_end(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fisherop.rows import RowOperator
 from fisherop.solvers import exact
-from fisherop.solvers.contract import Control, Found, Request, Stop, Watched, largest_ritz_pair, orthonormal
+from fisherop.solvers.contract import CUT, Control, Found, Request, Stop, Watched, largest_ritz_pair, orthonormal
 
 DENSE_BELOW = 8
 
@@ -31,7 +31,7 @@ def solve(op: RowOperator, request: Request, control: Control) -> Found:
         return Found(request.start(op, request.k), 0.0)
     ends = [(request.largest, True), (request.smallest, False)]
     vectors = [_one_end(primme, op, request, control, count, top, lambda_max) for count, top in ends if count]
-    return Found(torch.cat(vectors), lambda_max, top=highest)
+    return Found(torch.cat(vectors), lambda_max, doubt=CUT if control.ended else "", top=highest)
 
 
 def _one_end(
@@ -50,7 +50,7 @@ def _one_end(
         return np.asarray(products.double().cpu().numpy().T / lambda_max)
 
     matrix = LinearOperator((op.n, op.n), matvec=scaled, matmat=scaled, dtype=np.float64)
-    start = request.start(op, count, smallest=not largest).double().cpu().numpy().T.copy()
+    start = request.start(op, count, smallest=not largest, blurred=True).double().cpu().numpy().T.copy()
     # One start vector sees one copy of a multiple eigenvalue: the block is as wide as the pairs wanted.
     # By default PRIMME picks its method by the clock; this one needs the fewest products and is deterministic.
     options = {
