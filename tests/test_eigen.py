@@ -329,7 +329,7 @@ GAPS = np.r_[5.0, 4, 3, np.linspace(1, 0.1, 597)]
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("auto", "exact", "power", "nullspace")])
 def test_eigenvectors_of_the_next_indices_do_not_pass_for_the_first(method):
     for k in (1, 2):
-        for rows in (np.eye(600)[1 : 1 + k], np.eye(600)[[1] * 3]):
+        for rows in (np.eye(600)[1 : 1 + k], np.eye(600)[[1] * 3], np.eye(600)[[3, 2, 1]]):
             result = fo.eigendistortions(np.diag(GAPS), k, "LM", method, v0=rows, rng=0)
             assert result.converged.all()
             np.testing.assert_allclose(result.eigenvalues, GAPS[:k], atol=1e-5)

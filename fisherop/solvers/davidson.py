@@ -44,15 +44,18 @@ def solve(op: RowOperator, request: Request, control: Control, *, basis: int | N
     searched = 0
     while True:
         pairs.update()
-        believed = pairs.converged and (not given or (searched >= GUARD and not pairs.rivalled()))
-        searched += pairs.converged
+        believed = converged = pairs.converged
+        if converged and given:
+            beside, rivals = pairs.beside(given + 1)
+            believed = searched >= GUARD and not rivals
+            searched += 1
         if control.step(pairs.residuals) or believed or space.size == op.n:
             break
         if space.size + request.k > len(space.rows) < op.n:
             space.restart(pairs.kept())
             pairs.update()
         # Eigenvectors to start from have converged as they are: the pairs next to them go on, and may turn out better.
-        directions = pairs.next_residuals() if pairs.converged else pairs.directions()
+        directions = beside if converged else pairs.directions()
         if not space.extend(unit(directions)) and not space.extend(op.random_rows(request.k, request.rng)):
             break
     nullity = null_dimension(op, pairs.values, pairs.lambda_max)
@@ -145,25 +148,23 @@ class Pairs:
         """Return the residuals of the pairs that have not converged."""
         return self.residual_rows[(self.residuals > self.limit).to(self.residual_rows.device)]
 
-    def next_residuals(self) -> Tensor:
-        """Return the residuals of the pairs next to those wanted, at each end."""
-        return self._residual_rows([place for _, place in self._next()])[1]
+    def beside(self, count: int) -> tuple[Tensor, bool]:
+        """Return the residuals of the first pair at each end, of so many next to those wanted, that has not converged.
 
-    def rivalled(self) -> bool:
-        """Tell whether such a pair may, for all that its residual says, turn out better than those wanted."""
-        slack = self.request.tol * self.lambda_max
-        norms = self.ratio * row_norms(self.next_residuals())
-        return any(
-            sign * (self.values[place] - self.values[place + sign]) + norm > slack
-            for (sign, place), norm in zip(self._next(), norms.tolist(), strict=True)
-            if sign > 0 or self.values[place - 1] > slack  # nothing is below zero
-        )
-
-    def _next(self) -> list[tuple[int, int]]:
-        """Return the ends that are wanted, 1 the large or -1 the small one, and the places of the next pairs there."""
-        ends = (1, len(self.values) - 1 - self.request.largest), (-1, self.request.smallest)
-        wanted = self.request.largest, self.request.smallest
-        return [end for end, count in zip(ends, wanted, strict=True) if count and 0 <= end[1] < len(self.values)]
+        And whether one of these is a rival, which may, for all that its residual says, turn out better than those.
+        """
+        size, rows, rivals = self.space.size, [self.residual_rows[:0]], False
+        for sign, wanted in ((1, self.request.largest), (-1, self.request.smallest)):
+            order = range(size - 1, -1, -1) if sign > 0 else range(size)
+            places = [*order[wanted : wanted + count]] if wanted else []
+            residuals = self._residual_rows(places)[1]
+            norms = self.ratio * row_norms(residuals).cpu()
+            last, slack = self.values[order[wanted - 1]], self.request.tol * self.lambda_max
+            for i in (norms > self.limit * self.lambda_max).nonzero().flatten().tolist()[:1]:
+                rows.append(residuals[i : i + 1])
+                above_zero = sign > 0 or bool(last > slack)  # nothing is below
+                rivals |= above_zero and bool(sign * (self.values[places[i]] - last) + norms[i] > slack)
+        return torch.cat(rows), rivals
 
     def _residual_rows(self, places: list[int]) -> tuple[Tensor, Tensor]:
         """Return the Ritz vectors at some places, and their residuals."""
