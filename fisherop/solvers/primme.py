@@ -38,16 +38,20 @@ def _one_end(
     primme: Any, op: RowOperator, request: Request, control: Control, count: int, largest: bool, lambda_max: float
 ) -> Tensor:
     watched = Watched(op, control, keep=max(3 * count, 32))
+    raised: list[BaseException] = []
 
     def scaled(columns: NDArray[np.float64]) -> NDArray[np.float64]:
-        if control.ended:
-            return columns  # PRIMME swallows exceptions: it is let run out on the identity, and its answer is not used
-        rows = op.tensor(columns.reshape(op.n, -1).T.copy())
+        # PRIMME swallows exceptions: it is let run out on the identity, and its answer is not used.
+        if control.ended or raised:
+            return columns
         try:
-            products = watched(rows)
+            products = watched(op.tensor(columns.reshape(op.n, -1).T.copy()))
+            return np.asarray(products.double().cpu().numpy().T / lambda_max)
         except Stop:
             return columns
-        return np.asarray(products.double().cpu().numpy().T / lambda_max)
+        except BaseException as error:
+            raised.append(error)
+            return columns
 
     matrix = LinearOperator((op.n, op.n), matvec=scaled, matmat=scaled, dtype=np.float64)
     start = request.start(op, count, smallest=not largest, blurred=True).double().cpu().numpy().T.copy()
@@ -62,6 +66,8 @@ def _one_end(
     values, vectors = primme.eigsh(
         matrix, count, which="LA" if largest else "SA", v0=start, tol=request.tol / 2, **options
     )[:2]
+    if raised:
+        raise raised[0]
     if control.ended or len(values) < count:
         return watched.best(*((count, 0) if largest else (0, count)), request.rng)
     return orthonormal(op.tensor(np.ascontiguousarray(vectors.T)))
