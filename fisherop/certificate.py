@@ -16,7 +16,18 @@ from torch import Tensor
 
 from fisherop.result import Eigendistortions
 from fisherop.rows import INDEFINITE, RowOperator, noise_floor, row_norms, unit
-from fisherop.solvers.contract import Found, Request, Steps, gram, orthonormal, ritz, run, scale_fault, symmetric
+from fisherop.solvers.contract import (
+    Found,
+    Request,
+    Steps,
+    gram,
+    orthonormal,
+    ritz,
+    rounding,
+    run,
+    scale_fault,
+    symmetric,
+)
 
 PROBE_STEPS = 60
 ENOUGH = 0.9
@@ -234,15 +245,19 @@ def _nullity(
     op: RowOperator, request: Request, found: Found, pairs: Pairs, converged: Tensor, lambda_max: float
 ) -> tuple[int, bool]:
     """Return the dimension of the null space as far as it is known, and whether that is all of it."""
+    proven = max(0, op.n - op.m) if op.m else 0
     if found.nullity is not None:
-        return found.nullity, True
+        # What fresh products prove to be positive is none of it, whatever the solver saw.
+        positive = int((pairs.values - pairs.norms > rounding(op) * lambda_max)[request.largest :].sum())
+        most = request.smallest - positive if positive else op.n
+        return max(proven, min(found.nullity, most)), True
     # The image must be zero to rounding, under the factor where that is known; what is merely small proves nothing.
     eps = torch.finfo(op.dtype).eps
     if op.factored:
         zero = converged & (pairs.values <= (16 * eps) ** 2 * lambda_max)
     else:
         zero = converged & (pairs.values.abs() + pairs.norms <= 16 * eps * lambda_max)
-    return max(op.n - op.m if op.m else 0, int(zero[request.largest :].sum())), False
+    return max(proven, int(zero[request.largest :].sum())), False
 
 
 def _clusters(pairs: Pairs, blur: float, nullity: int) -> NDArray[np.int64]:

@@ -140,3 +140,20 @@ def test_what_a_solver_claims_of_the_largest_eigenvalue_changes_no_residual(ends
         assert not result.converged.all()
         half = ends[0] == 0  # a vector of the large end, where none is among the pairs
         assert op.n_matvec == 2 + half
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_no_null_space_is_reported_beside_an_eigenvalue_that_proves_there_is_none(k):
+    for seed in range(20):
+        matrix = spectrum_operator(np.array([1, 1e-6, 1e-12]), seed)[0]
+        result = fo.eigendistortions(matrix, k, "SA", "lanczos", rng=seed)
+        assert result.nullity <= (result.eigenvalues <= 1e-14).sum()
+
+
+def test_a_null_space_that_a_solver_claims_is_held_against_fresh_values():
+    values = np.r_[np.linspace(1, 0.1, 20), 1e-10, 0, 0]
+    matrix, vectors = spectrum_operator(values)
+    for smallest in range(6):
+        found = Found(torch.from_numpy(vectors[:, [0, *range(23 - smallest, 23)]].T.copy()), 1.0, nullity=4)
+        result = certify(RowOperator(matrix), request(1, smallest), found, "test")
+        assert result.nullity == (4 if smallest <= 2 else 2)
