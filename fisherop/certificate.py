@@ -15,8 +15,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop.result import Eigendistortions
-from fisherop.rows import INDEFINITE, RowOperator, noise_floor
-from fisherop.solvers.contract import Found, Request, Steps, gram, orthonormal, ritz, run, scale_fault, symmetric
+from fisherop.rows import INDEFINITE, RowOperator, noise_floor, row_norms, unit
+from fisherop.solvers.contract import (
+    Found,
+    Request,
+    Steps,
+    gram,
+    orthonormal,
+    ritz,
+    rounding,
+    run,
+    scale_fault,
+    symmetric,
+)
 
 PROBE_STEPS = 60
 ENOUGH = 0.9
@@ -29,12 +40,15 @@ DOUBT = 1e-3
 class Pairs:
     """Ritz pairs from fresh products: values descending, orthonormal rows, norms of the residual vectors on the host.
 
+    `lambda_max` is the largest value that a fresh product proves: of the pairs, or of a vector beside them.
+
     Where the operator has a metric M, rows are orthonormal in its inner product, and norms are those of its inverse.
     """
 
     values: Tensor
     rows: Tensor
     norms: Tensor
+    lambda_max: float
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,11 @@ class Probe:
 def certify(
     op: RowOperator, request: Request, found: Found, method: str, reason: str = "", *, probe: bool = False
 ) -> Eigendistortions:
-    """Judge a solver's vectors by fresh products: nothing that a solver says of its own residuals is believed."""
+    """Judge a solver's vectors by fresh products: nothing that a solver says of its own residuals is believed.
+
+    Nor what it says of the largest eigenvalue, that residuals are relative to. Where pairs of the large end were asked
+    for it is theirs; else the solver's vector for it costs one more product, or half of one.
+    """
     return run(op, certify_steps(op, request, found, method, reason, probe=probe))
 
 
@@ -59,9 +77,9 @@ def certify_steps(
     op: RowOperator, request: Request, found: Found, method: str, reason: str = "", *, probe: bool = False
 ) -> Steps[Eigendistortions]:
     """Do what `certify` does, asking for every product."""
-    pairs = yield from _fresh_pairs(op, found.vectors, request, found.lambda_max)
+    pairs = yield from _fresh_pairs(op, found.vectors, request, found.top)
     _check_semidefinite(op, pairs)
-    lambda_max = max(found.lambda_max, float(pairs.values[0]), 0.0)
+    lambda_max = pairs.lambda_max
     rest, missed = None, False
     if probe and request.k < op.n:
         rest = yield from _probe_rest(op, pairs, request)
@@ -74,7 +92,7 @@ def certify_steps(
         missed = bool((ahead > slack).any() or (below > slack).any())
         pairs = improved if missed else pairs
         _check_semidefinite(op, pairs)
-        lambda_max = max(lambda_max, float(pairs.values[0]))
+        lambda_max = max(lambda_max, pairs.lambda_max)
     blur = 32 * torch.finfo(op.dtype).eps * lambda_max * (1.0 if op.metric is None else op.metric.amplification)
     bounds = torch.stack([pairs.values - pairs.norms - blur, pairs.values + pairs.norms + blur], dim=1).clamp(min=0)
     residuals = pairs.norms / lambda_max if lambda_max > 0 else torch.zeros_like(pairs.norms)
@@ -116,39 +134,47 @@ def certify_steps(
     )
 
 
-def fresh_pairs(op: RowOperator, rows: Tensor, request: Request, lambda_max: float = 0.0) -> Pairs:
+def fresh_pairs(op: RowOperator, rows: Tensor, request: Request, top: Tensor | None = None) -> Pairs:
     """Return the Ritz pairs of the span of rows, random rows added where there are fewer than k.
+
+    Where no pair of the large end is asked for, `top` is a row that has the largest eigenvalue's vector for the most
+    part: its Rayleigh quotient is computed beside.
 
     Values are the squared singular values of L X where F = L^T L is known, for these keep digits that X^T F X loses
     to rounding. In an inner product given by M, an interval around a value as wide as the residual's norm in the
     inverse of M holds an eigenvalue: Parlett (1998), "The symmetric eigenvalue problem", chapter 15. Such norms
     are bounds, no tighter than the tolerance relative to lambda_max asks for.
     """
-    return run(op, _fresh_pairs(op, rows, request, lambda_max))
+    return run(op, _fresh_pairs(op, rows, request, top))
 
 
-def _fresh_pairs(op: RowOperator, rows: Tensor, request: Request, lambda_max: float = 0.0) -> Steps[Pairs]:
+def _fresh_pairs(op: RowOperator, rows: Tensor, request: Request, top: Tensor | None = None) -> Steps[Pairs]:
     x = orthonormal(rows)
     if len(x) < request.k:
         x = torch.cat([x, orthonormal(op.random_rows(request.k - len(x), request.rng), x)])
+    beside = x[:0] if top is None or request.largest or request.k == op.n else unit(top)
     dual = x
     if op.metric is not None:
         x, dual = op.metric.orthonormal(x)
+        beside = op.metric.orthonormal(beside)[0] if len(beside) else beside
     if op.factored:
-        images = yield "factor", x
+        images = yield "factor", torch.cat([x, beside])
+        images, above = images[: len(x)], row_norms(images[len(x) :]) ** 2
         padded = torch.nn.functional.pad(images.double(), (0, max(0, len(x) - images.shape[1])))
         mix, singular, _ = torch.linalg.svd(torch.linalg.qr(padded.T, mode="r")[1].T.cpu())
         values = singular**2
         products = yield "factor_adjoint", mix.T.to(x) @ images
     else:
-        products = yield "rows", x
+        products = yield "rows", torch.cat([x, beside])
+        products, above = products[: len(x)], gram(beside, products[len(x) :]).diagonal()
         values, mix = (part.flip(-1) for part in torch.linalg.eigh(symmetric(gram(x, products))))
         products = mix.T.to(x) @ products
     x, dual = mix.T.to(x) @ x, mix.T.to(x) @ dual
     residuals = products.double() - values[:, None].to(x.device) * dual.double()
-    enough = ENOUGH * request.tol * max(lambda_max, float(values[0]))
+    lambda_max = max(float(values[0]), *above.tolist(), 0.0)
+    enough = ENOUGH * request.tol * lambda_max
     norms = residuals.norm(dim=1) if op.metric is None else op.metric.dual_norms(residuals, enough)
-    return Pairs(values, x, norms.cpu())
+    return Pairs(values, x, norms.cpu(), lambda_max)
 
 
 def _check_semidefinite(op: RowOperator, pairs: Pairs) -> None:
@@ -219,15 +245,19 @@ def _nullity(
     op: RowOperator, request: Request, found: Found, pairs: Pairs, converged: Tensor, lambda_max: float
 ) -> tuple[int, bool]:
     """Return the dimension of the null space as far as it is known, and whether that is all of it."""
+    proven = max(0, op.n - op.m) if op.m else 0
     if found.nullity is not None:
-        return found.nullity, True
+        # What fresh products prove to be positive is none of it, whatever the solver saw.
+        positive = int((pairs.values - pairs.norms > rounding(op) * lambda_max)[request.largest :].sum())
+        most = request.smallest - positive if positive else op.n
+        return max(proven, min(found.nullity, most)), True
     # The image must be zero to rounding, under the factor where that is known; what is merely small proves nothing.
     eps = torch.finfo(op.dtype).eps
     if op.factored:
         zero = converged & (pairs.values <= (16 * eps) ** 2 * lambda_max)
     else:
         zero = converged & (pairs.values.abs() + pairs.norms <= 16 * eps * lambda_max)
-    return max(op.n - op.m if op.m else 0, int(zero[request.largest :].sum())), False
+    return max(proven, int(zero[request.largest :].sum())), False
 
 
 def _clusters(pairs: Pairs, blur: float, nullity: int) -> NDArray[np.int64]:

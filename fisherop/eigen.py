@@ -88,7 +88,8 @@ def eigendistortions(
         Called with a `Progress` (iteration, n_matvec, residuals) after every step; returning True stops the work
         and returns the best pairs so far.
     certify : {"residuals", "probe"}, optional
-        "residuals" proves that every pair is an eigenpair, for k products. "probe" spends 60 more on a search of what
+        "residuals" proves that every pair is an eigenpair, for k products, and for one of the large end where only
+        the smallest are asked for: residuals are relative to its eigenvalue. "probe" spends 60 more on a search of what
         is orthogonal to the result: it bounds, with probability 0.999, the rest of the spectrum, so that `message` can
         say whether a larger (smaller) eigenvalue may have been missed, and it estimates the null space.
 

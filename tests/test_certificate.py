@@ -122,3 +122,38 @@ def test_a_value_below_the_tolerance_is_said_to_be_zero_to_within_it():
     for smallest, said in ((1e-8, True), (1e-3, False)):
         matrix = spectrum_operator(np.r_[np.linspace(1, 0.1, 60), smallest])[0]
         assert ("1 of the smallest is zero to within tol" in fo.eigendistortions(matrix, 2).message) is said
+
+
+@pytest.mark.parametrize("factored", [True, False])
+@pytest.mark.parametrize("ends", [(2, 0), (1, 1), (0, 2)])
+def test_what_a_solver_claims_of_the_largest_eigenvalue_changes_no_residual(ends, factored):
+    values = np.r_[2.0, 1.5, np.linspace(1, 0.2, 58)]
+    matrix, vectors = spectrum_operator(np.sqrt(values) if factored else values)
+    F = fo.FisherOperator(lambda x: matrix @ x, torch.zeros(60, dtype=torch.float64)) if factored else matrix
+    wanted = [*range(ends[0]), *range(60 - ends[1], 60)]
+    near = torch.from_numpy(vectors.T.copy()) + 1e-4 * torch.eye(60, dtype=torch.float64)
+    for claim in (0.0, 2.0, 1e6):
+        op = RowOperator(F)
+        result = certify(op, request(*ends), Found(near[wanted], claim, top=near[:1]), "test")
+        assert result.lambda_max == pytest.approx(2, abs=1e-5)
+        assert result.residuals.max() > 1e-5
+        assert not result.converged.all()
+        half = ends[0] == 0  # a vector of the large end, where none is among the pairs
+        assert op.n_matvec == 2 + half
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_no_null_space_is_reported_beside_an_eigenvalue_that_proves_there_is_none(k):
+    for seed in range(20):
+        matrix = spectrum_operator(np.array([1, 1e-6, 1e-12]), seed)[0]
+        result = fo.eigendistortions(matrix, k, "SA", "lanczos", rng=seed)
+        assert result.nullity <= (result.eigenvalues <= 1e-14).sum()
+
+
+def test_a_null_space_that_a_solver_claims_is_held_against_fresh_values():
+    values = np.r_[np.linspace(1, 0.1, 20), 1e-10, 0, 0]
+    matrix, vectors = spectrum_operator(values)
+    for smallest in range(6):
+        found = Found(torch.from_numpy(vectors[:, [0, *range(23 - smallest, 23)]].T.copy()), 1.0, nullity=4)
+        result = certify(RowOperator(matrix), request(1, smallest), found, "test")
+        assert result.nullity == (4 if smallest <= 2 else 2)

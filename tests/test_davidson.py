@@ -109,6 +109,18 @@ def test_a_fisher_matrix_serves_as_metric_with_a_multiple_of_the_identity():
         assert_solves(fo.eigendistortions(A, 4, M=M, method=method, rng=0), dense_A, dense_B + 0.1 * np.eye(n), 2e-6)
 
 
+@pytest.mark.parametrize("n", [100, 300])
+def test_a_space_that_one_value_exhausts_takes_no_rounding_for_directions(n):
+    turned = np.linalg.qr(np.random.default_rng(0).standard_normal((n, n)))[0]
+    for matrix in (np.eye(n), turned @ turned.T):
+        for seed in range(4):
+            v0 = np.random.default_rng(seed).standard_normal(n)
+            result = fo.eigendistortions(matrix.astype(np.float32), 2, method="davidson", v0=v0, rng=seed)
+            assert result.lambda_max == pytest.approx(1, abs=1e-5)
+            assert result.nullity == 0
+            assert result.n_matvec <= 40
+
+
 @pytest.mark.parametrize("method", ["lanczos", "arpack", "power", "nullspace", "exact"])
 def test_a_factorized_metric_serves_every_method(method):
     F, M = spectrum_operator(np.r_[np.linspace(1, 0.3, 30), 0.01, 0.0])[0], spd(32, seed=1, low=0.5)

@@ -16,6 +16,7 @@ from strategies import block, spectrum_operator
 
 import fisherop as fo
 from fisherop.solvers import BACKENDS
+from fisherop.solvers.contract import orthonormal
 
 METHODS = ["auto", *(name for name in BACKENDS if name != "primme" or importlib.util.find_spec("primme"))]
 DTYPES = (torch.float32, torch.float64)
@@ -224,7 +225,9 @@ def test_a_dense_problem_that_is_stopped_gives_the_best_of_what_it_has_seen(fact
     F = fo.FisherOperator(lambda x: x @ L.T, image) if factored else (L.T @ L).numpy()
     tops = []
     for steps in (1, 2):
-        with pytest.warns(fo.ConvergenceWarning, match=r"stopped 'exact'; pass v0=.* with method='lanczos'"):
+        with pytest.warns(
+            fo.ConvergenceWarning, match=r"stopped 'exact'; start again from v0=.* with method='lanczos'"
+        ):
             r = fo.eigendistortions(F, 6, "BE", "exact", rng=0, callback=lambda p, s=steps: p.iteration == s)
         assert r.n_matvec <= 64 * steps + 6
         assert not r.converged.any()
@@ -277,6 +280,28 @@ def test_the_dimension_of_a_null_space_that_was_seen_whole_is_told(method):
     assert result.nullity == 3
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "known", "new"), [(7, 6, 6), (17, 8, 8), (17, 16, 8), (100, 96, 6), (100, 99, 6)])
+def test_rows_that_others_leave_no_room_for_are_dropped(n, known, new, dtype):
+    for seed in range(10):
+        others = orthonormal(torch.from_numpy(block(seed, known, n)).to(dtype))
+        products = others[-new:] @ torch.from_numpy(spectrum_operator(np.linspace(2, 1, n), seed)[0].numpy()).to(dtype)
+        both = torch.cat([others, orthonormal(products, others)]).double()
+        assert len(both) <= n
+        torch.testing.assert_close(
+            both @ both.T, torch.eye(len(both)).double(), atol=100 * torch.finfo(dtype).eps, rtol=0
+        )
+
+
+@pytest.mark.parametrize("n", [7, 9, 13, 17, 49])
+def test_a_krylov_space_that_fills_all_there_is_claims_no_wrong_pair(n):
+    for seed in range(10):
+        matrix = spectrum_operator(np.linspace(1, 0.1, n), seed, torch.float32)[0]
+        result = fo.eigendistortions(matrix, 3, "LM", "randomized_svd", tol=1e-2, rng=seed)
+        assert_right(result, matrix.double().numpy())
+        assert result.lambda_max <= 1 + 1e-5
+
+
 @pytest.mark.parametrize("method", ["lobpcg", "power"])
 def test_a_stopped_search_goes_on_from_its_result(method):
     matrix, _ = spectrum_operator(np.r_[1, 0.9, np.linspace(0.3, 0.1, 398)])
@@ -296,6 +321,40 @@ def test_eigenvectors_of_another_part_of_the_spectrum_do_not_deceive_as_a_start(
                 8 if method == "davidson" else 1
             ):  # what else it starts from is little, and chance decides
                 assert_right(solve(matrix, 2, which, method, v0=v0, maxiter=500, rng=seed), matrix.numpy())
+
+
+GAPS = np.r_[5.0, 4, 3, np.linspace(1, 0.1, 597)]
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("auto", "exact", "power", "nullspace")])
+def test_eigenvectors_of_the_next_indices_do_not_pass_for_the_first(method):
+    for k in (1, 2):
+        for rows in (np.eye(600)[1 : 1 + k], np.eye(600)[[1] * 3], np.eye(600)[[3, 2, 1]]):
+            result = fo.eigendistortions(np.diag(GAPS), k, "LM", method, v0=rows, rng=0)
+            assert result.converged.all()
+            np.testing.assert_allclose(result.eigenvalues, GAPS[:k], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["davidson", "randomized_svd", "lanczos"])
+def test_a_near_neighbour_given_as_a_start_does_not_pass_for_the_first(method):
+    values = np.linspace(1, 0.1, 600)
+    for seed in range(4):
+        result = fo.eigendistortions(np.diag(values), 1, "LM", method, v0=np.eye(600)[1], tol=1e-4, rng=seed)
+        assert result.converged.all()
+        np.testing.assert_allclose(result.eigenvalues, 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("auto", "exact")])
+def test_a_search_that_was_cut_off_claims_no_index_without_a_warning(method):
+    for steps in (1, 2, 3):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = fo.eigendistortions(
+                np.diag(GAPS), 1, "LM", method, v0=np.eye(600)[1], rng=0, maxiter=steps, tol=1e-3
+            )
+        assert abs(result.eigenvalues[0] - 5) <= 5e-3 or [w.category for w in caught] == [fo.ConvergenceWarning]
+        if caught and result.converged.all():
+            assert "stopped before" in result.message
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.sampled_from(["LM", "SM", "BE"]))

@@ -216,6 +216,20 @@ def test_primme_loses_an_exception_and_ours_comes_through():
         fo.eigendistortions(op, 1, "LM", "primme")
 
 
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("method", ["primme", "lobpcg", "arpack", "lanczos"])
+def test_what_a_callback_raises_comes_through_every_solver(method, error):
+    if method == "primme":
+        pytest.importorskip("primme")
+
+    def interrupt(progress):
+        if progress.iteration == 3:
+            raise error("enough")
+
+    with pytest.raises(error, match="enough"):
+        fo.eigendistortions(np.diag(np.linspace(1, 0.1, 200)), 2, method=method, callback=interrupt)
+
+
 def test_primme_misses_copies_of_a_multiple_eigenvalue_and_ours_does_not():
     primme = pytest.importorskip("primme")
     problem = Counted(MANY_NULL)

@@ -21,7 +21,7 @@ from torch import Tensor
 from fisherop.linearize import Product
 from fisherop.rows import RowOperator
 from fisherop.solvers import exact
-from fisherop.solvers.contract import Control, Found, Request, Stop, Watched, largest_ritz_value, orthonormal
+from fisherop.solvers.contract import CUT, Control, Found, Request, Stop, Watched, largest_ritz_pair, orthonormal
 
 Eigsh = Callable[[Product, int, int, Tensor, float], tuple[Tensor, Tensor]]
 """(product with single float64 rows, n, count, start, tol) to the largest eigenvalues, ascending, and their rows."""
@@ -36,14 +36,14 @@ def solve(op: RowOperator, request: Request, control: Control) -> Found:
 
 def search(op: RowOperator, request: Request, control: Control, largest: Eigsh) -> Found:
     """Run a solver for the large end, which sees one copy of each eigenvalue, at each end that is wanted."""
-    lambda_max = largest_ritz_value(op, request)
+    lambda_max, highest = largest_ritz_pair(op, request)
     if lambda_max <= 0:
         return Found(request.start(op, request.k), 0.0)
     vectors: list[Tensor] = []
     for count, sign in ((request.largest, 1.0), (request.smallest, -1.0)):
         if count:
             vectors.append(_one_end(op, request, control, count, sign, lambda_max, largest))
-    return Found(torch.cat(vectors), lambda_max)
+    return Found(torch.cat(vectors), lambda_max, doubt=CUT if control.ended else "", top=highest)
 
 
 def basis_size(k: int) -> int:

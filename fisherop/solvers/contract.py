@@ -22,6 +22,7 @@ from fisherop.maps import number
 from fisherop.rows import RowOperator, unit
 
 BASIS_BYTES = 1 << 30
+CUT = "stopped before its search came to an end"
 
 Matrix = Tensor
 """Small float64 matrices on the CPU, where small eigenproblems are solved faster, and without waiting for a device.
@@ -126,12 +127,14 @@ class Request:
         An earlier result has its smallest pairs last, so the small end starts from the last rows of v0.
         """
         rows = op.random_rows(count, self.rng)
-        if self.v0 is not None:
-            rows = torch.cat([self.v0.flip(0) if smallest else self.v0, rows])[:count]
-            if blurred:
-                blur = min(0.1, 100 * self.tol * op.n**0.5)
-                rows = unit(rows) + blur / op.n**0.5 * op.random_rows(count, self.rng)
-        return orthonormal(rows)
+        if self.v0 is None:
+            return orthonormal(rows)
+        given = unit((self.v0.flip(0) if smallest else self.v0)[:count])
+        if blurred:
+            blur = min(0.1, 100 * self.tol * op.n**0.5)
+            given = given + blur / op.n**0.5 * op.random_rows(len(given), self.rng)
+        given = orthonormal(given)
+        return torch.cat([given, orthonormal(rows[len(given) :], given)])
 
 
 @dataclass(frozen=True)
@@ -143,13 +146,17 @@ class Found:
     vectors : Tensor, shape (largest + smallest, n)
         Rows that span the wanted eigenvectors, those of the largest eigenvalues first.
     lambda_max : float
-        The largest Ritz value met: a lower bound of the largest eigenvalue.
+        The largest Ritz value met, which the solver's own residuals are relative to. The certificate does not believe
+        it: an error there would loosen the tolerance of every pair.
     nullity : int or None
         Dimension of the null space, where the solver knows it exactly.
     note : str
         What the user should know of the way.
     doubt : str
         Why a better pair may have been missed, where the solver checks that and could not finish.
+    top : Tensor of shape (1, n) or None
+        The Ritz vector of `lambda_max`, from which the certificate computes its own where no pair of the large end was
+        asked for.
     """
 
     vectors: Tensor
@@ -157,6 +164,7 @@ class Found:
     nullity: int | None = None
     note: str = ""
     doubt: str = ""
+    top: Tensor | None = None
 
 
 Answer = TypeVar("Answer")
@@ -180,26 +188,26 @@ def run(op: RowOperator, steps: Steps[Answer]) -> Answer:
         return answer
 
 
-def orthonormal(rows: Tensor, against: Tensor | None = None) -> Tensor:
+def orthonormal(rows: Tensor, against: Tensor | None = None, images: Tensor | None = None) -> Tensor:
     """Return orthonormal rows that span `rows`, less what lies in the orthonormal rows `against`.
 
-    Rows that add nothing are dropped. Stathopoulos and Wu (2002), "A block orthogonalization procedure with constant
-    synchronization requirements", algorithm SVQB, up to three times over: each pass leaves the square root of the
-    last one's loss, and nothing where there was little to do.
+    Those may be orthonormal in another inner product, that of M: `images` are then M times them. Rows that add nothing
+    are dropped. Stathopoulos and Wu (2002), "A block orthogonalization procedure with constant synchronization
+    requirements", algorithm SVQB. Twice is enough (Parlett, 1998, "The symmetric eigenvalue problem", section 6.9): a
+    direction of which the second pass takes more than half was rounding, at norm 1.
     """
-    rows = unit(rows)
-    for _ in range(3):
+    rows, eps = unit(rows), torch.finfo(rows.dtype).eps
+    for first in (True, False):
         if against is not None and len(against):
-            rows = rows - (rows @ against.T) @ against
+            rows = rows - (rows @ (against if images is None else images).T) @ against
         products = gram(rows, rows)
-        sizes = products.diagonal().sqrt()
-        kept = sizes > 10 * torch.finfo(rows.dtype).eps
-        if not kept.all():
-            rows, sizes, products = rows[kept.nonzero()[:, 0]], sizes[kept], products[kept][:, kept]
+        sizes = products.diagonal().sqrt() if first else torch.ones_like(products.diagonal())
+        kept = sizes > 10 * eps
+        rows, sizes, products = rows[kept.nonzero()[:, 0]], sizes[kept], products[kept][:, kept]
         values, vectors = torch.linalg.eigh(products / sizes / sizes[:, None])
-        rank = values > len(rows) * 100 * torch.finfo(rows.dtype).eps ** 2 + 1e-14
+        rank = values > (len(rows) * 100 * eps**2 + 1e-14 if first else 0.25)
         rows = (vectors[:, rank] / values[rank].sqrt() / sizes[:, None]).T.to(rows) @ rows
-        if kept.all() and len(rows) and min(float(sizes.min()), float(values[0])) > 0.5:
+        if first and kept.all() and len(rows) and min(float(sizes.min()), float(values[0])) > 0.5:
             break
     return rows
 
@@ -286,13 +294,20 @@ def symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.T) / 2
 
 
-def largest_ritz_value(op: RowOperator, request: Request, steps: int = 12) -> float:
-    """Estimate the largest eigenvalue from below by a few Lanczos steps with full reorthogonalization."""
-    return float(ritz_values(op, request.start(op, 1), steps)[-1])
+def largest_ritz_pair(op: RowOperator, request: Request, steps: int = 12) -> tuple[float, Tensor]:
+    """Estimate the largest eigenvalue from below by a few Lanczos steps, and return its Ritz vector as one row."""
+    values, x, _ = ritz(*_krylov(op, request.start(op, 1, blurred=True), steps), 1, 0)
+    return float(values[0]), x
 
 
 def ritz_values(op: RowOperator, start: Tensor, steps: int) -> Tensor:
-    """Return the ascending Ritz values of a few Lanczos steps from one row, with full reorthogonalization."""
+    """Return the ascending Ritz values of a few Lanczos steps from one row."""
+    values: Tensor = torch.linalg.eigvalsh(symmetric(gram(*_krylov(op, start, steps))))
+    return values
+
+
+def _krylov(op: RowOperator, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Return the rows of a few Lanczos steps with full reorthogonalization, and F times them."""
     basis = orthonormal(start)
     products = op.rows(basis)
     for _ in range(min(steps, op.n) - 1):
@@ -301,8 +316,7 @@ def ritz_values(op: RowOperator, start: Tensor, steps: int) -> Tensor:
             break
         basis = torch.cat([basis, fresh])
         products = torch.cat([products, op.rows(fresh)])
-    values: Tensor = torch.linalg.eigvalsh(symmetric(gram(basis, products)))
-    return values
+    return basis, products
 
 
 class Stop(Exception):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fisherop.rows import RowOperator, row_norms, unit
 from fisherop.solvers.contract import (
+    CUT,
     Control,
     Found,
     Matrix,
@@ -29,7 +30,7 @@ from fisherop.solvers.contract import (
 )
 
 SAFETY = 0.7  # part of the tolerance used: tracked residuals and the certificate's differ by rounding
-GUARD = 5  # steps before pairs that came with v0 are believed
+GUARD = 5  # steps for the next pairs before those that came with v0 are believed
 SPREAD = 1.1  # by how much a residual's ratio of norms may exceed those seen so far before it is measured again
 
 
@@ -39,26 +40,33 @@ def solve(op: RowOperator, request: Request, control: Control, *, basis: int | N
     room = basis or min(20 * request.k + 200, rows_in_memory(op) // 3)
     space = SearchSpace(op, max(room, 5 * request.k + given))
     pairs = Pairs(request, space)
-    space.extend(request.start(op, min(op.n, request.k + given)))
+    space.extend(request.start(op, min(op.n, max(request.k, given + 1))))
+    searched = 0
     while True:
         pairs.update()
-        believed = pairs.converged and (not given or control.iteration >= GUARD)
+        believed = converged = pairs.converged
+        if converged and given:
+            beside, rivals = pairs.beside(given + 1)
+            believed = searched >= GUARD and not rivals
+            searched += 1
         if control.step(pairs.residuals) or believed or space.size == op.n:
             break
         if space.size + request.k > len(space.rows) < op.n:
             space.restart(pairs.kept())
             pairs.update()
-        # Eigenvectors to start from have converged as they are: a random row goes on, to look for better ones.
-        directions = space.products[space.size - 1 : space.size] if pairs.converged else pairs.directions()
-        if not space.extend(directions) and not space.extend(op.random_rows(request.k, request.rng)):
+        # Eigenvectors to start from have converged as they are: the pairs next to them go on, and may turn out better.
+        directions = beside if converged else pairs.directions()
+        if not space.extend(unit(directions)) and not space.extend(op.random_rows(request.k, request.rng)):
             break
-    return Found(pairs.vectors, pairs.lambda_max, null_dimension(op, pairs.values, pairs.lambda_max))
+    nullity = null_dimension(op, pairs.values, pairs.lambda_max)
+    doubt = CUT if control.ended and not believed and space.size < op.n else ""
+    return Found(pairs.vectors, pairs.lambda_max, nullity, doubt=doubt, top=pairs.top())
 
 
-def scale(op: RowOperator, request: Request, steps: int = 12) -> float:
-    """Estimate the largest eigenvalue from below by a few steps with one row."""
-    one = Request(1, 0, 0.5, request.rng)
-    return solve(op, one, Control(op, steps)).lambda_max
+def scale(op: RowOperator, request: Request, steps: int = 12) -> tuple[float, Tensor]:
+    """Estimate the largest eigenvalue from below by a few steps with one row, and return its Ritz vector as one row."""
+    found = solve(op, Request(1, 0, 0.5, request.rng), Control(op, steps))
+    return found.lambda_max, found.vectors
 
 
 class SearchSpace:
@@ -74,10 +82,7 @@ class SearchSpace:
     def extend(self, block: Tensor) -> int:
         """Add what is new in the block, multiply it, and return how many rows that gave."""
         old = slice(0, self.size)
-        fresh = block
-        for _ in range(2 if len(block) else 0):
-            fresh = orthonormal(fresh - (fresh @ self.images[old].T) @ self.rows[old])
-        fresh = fresh[: len(self.rows) - self.size]
+        fresh = orthonormal(block, self.rows[old], self.images[old])[: len(self.rows) - self.size]
         if not len(fresh):
             return 0
         images = fresh
@@ -131,15 +136,43 @@ class Pairs:
         self.lambda_max = max(self.lambda_max, float(self.values[-1]))
         order = self.request.places(space.size, self.request.largest, self.request.smallest)
         self.before, self.wanted = self.wanted, self.mix[:, order]
-        turn = self.wanted.T.to(space.rows)
-        self.vectors, images = turn @ space.rows[: space.size], turn @ space.images[: space.size]
-        values = self.values[order, None].to(images)
-        self.residual_rows = turn @ space.products[: space.size] - values * images
+        self.vectors, self.residual_rows = self._residual_rows(order)
         self.residuals = self._norms()
+
+    def top(self) -> Tensor:
+        """Return the Ritz vector of the largest value."""
+        highest: Tensor = self.mix[:, -1:].T.to(self.space.rows) @ self.space.rows[: self.space.size]
+        return highest
 
     def directions(self) -> Tensor:
         """Return the residuals of the pairs that have not converged."""
-        return unit(self.residual_rows[(self.residuals > self.limit).to(self.residual_rows.device)])
+        return self.residual_rows[(self.residuals > self.limit).to(self.residual_rows.device)]
+
+    def beside(self, count: int) -> tuple[Tensor, bool]:
+        """Return the residuals of the first pair at each end, of so many next to those wanted, that has not converged.
+
+        And whether one of these is a rival, which may, for all that its residual says, turn out better than those.
+        """
+        size, rows, rivals = self.space.size, [self.residual_rows[:0]], False
+        for sign, wanted in ((1, self.request.largest), (-1, self.request.smallest)):
+            order = range(size - 1, -1, -1) if sign > 0 else range(size)
+            places = [*order[wanted : wanted + count]] if wanted else []
+            residuals = self._residual_rows(places)[1]
+            norms = self.ratio * row_norms(residuals).cpu()
+            last, slack = self.values[order[wanted - 1]], self.request.tol * self.lambda_max
+            for i in (norms > self.limit * self.lambda_max).nonzero().flatten().tolist()[:1]:
+                rows.append(residuals[i : i + 1])
+                above_zero = sign > 0 or bool(last > slack)  # nothing is below
+                rivals |= above_zero and bool(sign * (self.values[places[i]] - last) + norms[i] > slack)
+        return torch.cat(rows), rivals
+
+    def _residual_rows(self, places: list[int]) -> tuple[Tensor, Tensor]:
+        """Return the Ritz vectors at some places, and their residuals."""
+        space = self.space
+        turn = self.mix[:, places].T.to(space.rows)
+        vectors, images = turn @ space.rows[: space.size], turn @ space.images[: space.size]
+        values = self.values[places, None].to(images)
+        return vectors, turn @ space.products[: space.size] - values * images
 
     def kept(self) -> Matrix:
         """Return the combinations that survive a restart: Ritz vectors, and the wanted ones of the step before."""

@@ -35,7 +35,8 @@ def steps(op: RowOperator, request: Request, control: Control) -> Steps[Found]:
     else:
         values, vectors = _descending(symmetric(images))
     wanted = [*range(request.largest), *range(op.n - request.smallest, op.n)]
-    return Found(vectors[:, wanted].T.to(op.dtype).contiguous(), float(values[0]), _zeros(values, op))
+    rows = vectors[:, [*wanted, 0]].T.to(op.dtype).contiguous()
+    return Found(rows[:-1], float(values[0]), _zeros(values, op), top=rows[-1:])
 
 
 def solve_small(op: RowOperator, request: Request, control: Control) -> Found:
@@ -68,9 +69,10 @@ def _short_side(op: RowOperator, request: Request, control: Control) -> Steps[Fo
         for _ in range(2):
             null = null - ((null @ factor.T) @ left) @ left.T @ factor
         rows = torch.cat([rows, orthonormal(null)])
+    top = (left[:, :1].T @ factor).to(op.dtype)
     if len(factor) < op.m:
-        return Found(rows.to(op.dtype), float(values[0]), doubt=STOPPED)
-    return Found(rows.to(op.dtype), float(values[0]), op.n - rank)
+        return Found(rows.to(op.dtype), float(values[0]), doubt=STOPPED, top=top)
+    return Found(rows.to(op.dtype), float(values[0]), op.n - rank, top=top)
 
 
 def _best_in(images: Tensor, op: RowOperator, request: Request) -> Found:
@@ -78,8 +80,8 @@ def _best_in(images: Tensor, op: RowOperator, request: Request) -> Found:
     size = len(images)
     values, vectors = _left(images, op) if op.factored else _descending(symmetric(images[:, :size]))
     places = [size - 1 - i for i in request.places(size, request.largest, request.smallest)]
-    rows = torch.nn.functional.pad(vectors[:, places].T.to(op.dtype), (0, op.n - size))
-    return Found(rows, float(values[0]), doubt=STOPPED)
+    rows = torch.nn.functional.pad(vectors[:, [*places, 0]].T.to(op.dtype), (0, op.n - size))
+    return Found(rows[:-1], float(values[0]), doubt=STOPPED, top=rows[-1:])
 
 
 def _images_of_identity(product: Kind, order: int, op: RowOperator, control: Control) -> Steps[Tensor]:

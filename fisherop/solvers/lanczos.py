@@ -28,7 +28,7 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from fisherop.rows import RowOperator
-from fisherop.solvers.contract import Control, Found, Matrix, Request, Steps, null_dimension, rows_in_memory, run
+from fisherop.solvers.contract import CUT, Control, Found, Matrix, Request, Steps, null_dimension, rows_in_memory, run
 from fisherop.solvers.space import SearchSpace, eye, shelves
 
 BASIS_ROWS = 1500
@@ -76,7 +76,11 @@ def steps(
         if control.step(pairs.residuals) or pairs.converged:
             break
     pairs.update(space)
-    found = Found(pairs.vectors(space), pairs.lambda_max, null_dimension(op, pairs.values, pairs.lambda_max))
+    nullity = null_dimension(op, pairs.values, pairs.lambda_max)
+    top = None if request.largest else space.combine(pairs.mix[:, -1:])
+    found = Found(pairs.vectors(space), pairs.lambda_max, nullity, top=top)
+    if not pairs.converged and control.ended and space.done < op.n:
+        return replace(found, doubt=CUT)
     if not pairs.converged or space.done == op.n or (yield from nothing_missed(space, pairs, room, control)):
         return found
     if control.ended:

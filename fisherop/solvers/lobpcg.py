@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fisherop.rows import RowOperator
 from fisherop.solvers import davidson, exact
-from fisherop.solvers.contract import Control, Found, Request, Stop, Watched, largest_ritz_value, orthonormal
+from fisherop.solvers.contract import CUT, Control, Found, Request, Stop, Watched, largest_ritz_pair, orthonormal
 
 DENSE_BELOW = 8
 
@@ -26,11 +26,12 @@ def solve(op: RowOperator, request: Request, control: Control) -> Found:
     """Run LOBPCG with a block as wide as the pairs wanted, at each end that is wanted."""
     if op.n <= DENSE_BELOW * max(request.largest, request.smallest):
         return exact.solve_small(op, request, control)
-    lambda_max = largest_ritz_value(op, request) if op.metric is None else davidson.scale(op, request)
+    lambda_max, highest = (largest_ritz_pair if op.metric is None else davidson.scale)(op, request)
     if lambda_max <= 0:
         return Found(request.start(op, request.k), 0.0)
     ends = [(request.largest, True), (request.smallest, False)]
-    return Found(torch.cat([_one_end(op, request, control, n, top, lambda_max) for n, top in ends if n]), lambda_max)
+    vectors = [_one_end(op, request, control, count, top, lambda_max) for count, top in ends if count]
+    return Found(torch.cat(vectors), lambda_max, doubt=CUT if control.ended else "", top=highest)
 
 
 def _one_end(

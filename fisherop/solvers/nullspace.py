@@ -30,7 +30,7 @@ from fisherop.solvers.contract import (
     Progress,
     Request,
     gram,
-    largest_ritz_value,
+    largest_ritz_pair,
     orthonormal,
     tolerance,
 )
@@ -43,14 +43,14 @@ LEAST = 1e-3  # the part of a single null direction in a random row that fewer t
 
 def solve(op: RowOperator, request: Request, control: Control) -> Found:
     """Project random rows on the null space; pairs of the large end come from `lanczos`."""
-    top = op.tensor(np.zeros((0, op.n)))
     if request.largest:
-        found = lanczos.solve(op, replace(request, smallest=0), control)
-        top, lambda_max = found.vectors, found.lambda_max
+        above = lanczos.solve(op, replace(request, smallest=0), control)
     else:
-        lambda_max = largest_ritz_value(op, request)
+        lambda_max, highest = largest_ritz_pair(op, request)
+        above = Found(highest[:0], lambda_max, top=highest)
+    top, lambda_max = above.vectors, above.lambda_max
     if not request.smallest or lambda_max <= 0:
-        return Found(torch.cat([top, request.start(op, request.smallest)]), lambda_max)
+        return replace(above, vectors=torch.cat([top, request.start(op, request.smallest)]))
     if request.v0 is not None:
         request = replace(request, v0=request.v0[-request.smallest :])
     projection = Projection(op, request.start(op, request.smallest), lambda_max)
@@ -64,7 +64,7 @@ def solve(op: RowOperator, request: Request, control: Control) -> Found:
     rows = unit(projection.rows)
     null, missing = orthonormal(rows), request.smallest - min(independent, int((projection.kept > least).sum()))
     note = f"no null space of dimension {request.smallest} was found: use method='lanczos'" if missing else ""
-    return Found(torch.cat([top, null]), lambda_max, note=note)
+    return replace(above, vectors=torch.cat([top, null]), note=note)
 
 
 def _independent(rows: Tensor) -> tuple[int, float]:
@@ -165,7 +165,7 @@ def project_to_null(
     most = MAXITER if maxiter is None else whole(maxiter, "maxiter", 1)
     row = _row(operator, image)
     control = Control(operator, most, callback)
-    lambda_max = largest_ritz_value(operator, Request(1, 0, tol, stream(0)))
+    lambda_max, _ = largest_ritz_pair(operator, Request(1, 0, tol, stream(0)))
     projection = Projection(operator, row, lambda_max)
     least = 1e3 * torch.finfo(operator.dtype).eps
     projection.run(SAFETY * tol, least, control)

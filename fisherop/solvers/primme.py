@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fisherop.rows import RowOperator
 from fisherop.solvers import exact
-from fisherop.solvers.contract import Control, Found, Request, Stop, Watched, largest_ritz_value, orthonormal
+from fisherop.solvers.contract import CUT, Control, Found, Request, Stop, Watched, largest_ritz_pair, orthonormal
 
 DENSE_BELOW = 8
 
@@ -26,31 +26,35 @@ def solve(op: RowOperator, request: Request, control: Control) -> Found:
     primme = _primme()
     if op.n <= DENSE_BELOW * request.k:
         return exact.solve_small(op, request, control)
-    lambda_max = largest_ritz_value(op, request)
+    lambda_max, highest = largest_ritz_pair(op, request)
     if lambda_max <= 0:
         return Found(request.start(op, request.k), 0.0)
     ends = [(request.largest, True), (request.smallest, False)]
     vectors = [_one_end(primme, op, request, control, count, top, lambda_max) for count, top in ends if count]
-    return Found(torch.cat(vectors), lambda_max)
+    return Found(torch.cat(vectors), lambda_max, doubt=CUT if control.ended else "", top=highest)
 
 
 def _one_end(
     primme: Any, op: RowOperator, request: Request, control: Control, count: int, largest: bool, lambda_max: float
 ) -> Tensor:
     watched = Watched(op, control, keep=max(3 * count, 32))
+    raised: list[BaseException] = []
 
     def scaled(columns: NDArray[np.float64]) -> NDArray[np.float64]:
-        if control.ended:
-            return columns  # PRIMME swallows exceptions: it is let run out on the identity, and its answer is not used
-        rows = op.tensor(columns.reshape(op.n, -1).T.copy())
+        # PRIMME swallows exceptions: it is let run out on the identity, and its answer is not used.
+        if control.ended or raised:
+            return columns
         try:
-            products = watched(rows)
+            products = watched(op.tensor(columns.reshape(op.n, -1).T.copy()))
+            return np.asarray(products.double().cpu().numpy().T / lambda_max)
         except Stop:
             return columns
-        return np.asarray(products.double().cpu().numpy().T / lambda_max)
+        except BaseException as error:
+            raised.append(error)
+            return columns
 
     matrix = LinearOperator((op.n, op.n), matvec=scaled, matmat=scaled, dtype=np.float64)
-    start = request.start(op, count, smallest=not largest).double().cpu().numpy().T.copy()
+    start = request.start(op, count, smallest=not largest, blurred=True).double().cpu().numpy().T.copy()
     # One start vector sees one copy of a multiple eigenvalue: the block is as wide as the pairs wanted.
     # By default PRIMME picks its method by the clock; this one needs the fewest products and is deterministic.
     options = {
@@ -62,6 +66,8 @@ def _one_end(
     values, vectors = primme.eigsh(
         matrix, count, which="LA" if largest else "SA", v0=start, tol=request.tol / 2, **options
     )[:2]
+    if raised:
+        raise raised[0]
     if control.ended or len(values) < count:
         return watched.best(*((count, 0) if largest else (0, count)), request.rng)
     return orthonormal(op.tensor(np.ascontiguousarray(vectors.T)))
