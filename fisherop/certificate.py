@@ -30,6 +30,8 @@ from fisherop.solvers.contract import (
 )
 
 PROBE_STEPS = 60
+NULL = 10
+"""Tolerances up to which a value is counted to a null space that is estimated."""
 ENOUGH = 0.9
 """Part of the tolerance at which a bound of a residual need not be tightened."""
 DOUBT = 1e-3
@@ -110,7 +112,7 @@ def certify_steps(
         f"{op.metric.n_matvec} products with M" if op.metric is not None else "",
         found.note,
         found.doubt,
-        _null_words(nullity, known, rest),
+        _null_words(nullity, known, rest, int((pairs.values <= NULL * request.tol * lambda_max).sum()), op.n),
         _zero_words(pairs, request, lambda_max, nullity),
         _cluster_words(clusters, request, op.n, nullity if known else None),
         _probe_words(rest, missed, pairs, request, lambda_max),
@@ -216,7 +218,7 @@ def _probe_rest(op: RowOperator, pairs: Pairs, request: Request) -> Steps[Probe]
         basis = torch.cat([basis, rest / beside[-1]])
     values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(beside[:-1], 1) + np.diag(beside[:-1], -1))
     top = max(float(pairs.values[0]), float(values[-1]))
-    share = min(float((vectors[0, values <= 10 * request.tol * top] ** 2).sum()), 1.0)
+    share = min(float((vectors[0, values <= NULL * request.tol * top] ** 2).sum()), 1.0)
     drift = float(pairs.norms.norm())
     low, high = float(values[0]), float(values[-1])
     if not exhausted and len(diagonal) < n:
@@ -275,10 +277,10 @@ def _clusters(pairs: Pairs, blur: float, nullity: int) -> NDArray[np.int64]:
     return dimension
 
 
-def _null_words(nullity: int, known: bool, rest: Probe | None) -> str:
+def _null_words(nullity: int, known: bool, rest: Probe | None, null_pairs: int, n: int) -> str:
     if known or rest is None or rest.null_dimension < 1:
         return f"the null space has dimension {nullity}" + ("" if known else " or more") if nullity else ""
-    estimate = max(rest.null_dimension + nullity * (rest.null_dimension < nullity), nullity)
+    estimate = min(max(rest.null_dimension + null_pairs, nullity), n)
     lower = f"{nullity} or more, " if nullity else ""
     return f"the null space has dimension {lower}by the probe about {estimate:.0f} ± {2 * rest.null_deviation:.0f}"
 

@@ -63,6 +63,21 @@ def test_a_null_space_is_estimated_with_its_uncertainty():
     assert abs(estimate - 100) <= 2 * deviation
 
 
+@pytest.mark.parametrize("k", [1, 4, 30])
+def test_the_null_space_in_the_pairs_counts_to_that_beside_them(k):
+    matrix, _ = spectrum_operator(np.r_[np.linspace(1, 0.3, 240), np.zeros(60)])
+    A = torch.randn(80, 200, generator=torch.Generator().manual_seed(0)).double()
+    factored = fo.FisherOperator(lambda x: A @ x, torch.zeros(200).double())
+    for op, method, truth, n in ((matrix, "arpack", 60, 300), (factored, "lanczos", 120, 200)):
+        inside = 0
+        for seed in range(5):
+            message = fo.eigendistortions(op, k, "SM", method, certify="probe", rng=seed).message
+            estimate, deviation = (float(word) for word in message.split("about ")[1].split(";")[0].split(" ± "))
+            assert estimate <= n
+            inside += abs(estimate - truth) <= deviation
+        assert inside >= 3
+
+
 @pytest.mark.parametrize("n", range(3, 30))
 def test_a_rest_that_is_all_null_space_is_probed(n):
     result = fo.eigendistortions(spectrum_operator(np.eye(1, n)[0])[0], 1, "LM", rng=0, certify="probe")
