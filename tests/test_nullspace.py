@@ -145,6 +145,15 @@ def test_no_null_space_is_said():
     assert whole.sensitivity == 0
 
 
+@pytest.mark.parametrize("kind", [torch.tensor, np.array], ids=["tensor", "array"])
+def test_a_picture_of_whole_numbers_has_a_projection_that_is_not_rounded(kind):
+    F = fo.FisherOperator(torch.nn.Conv2d(1, 1, 3, bias=False), torch.rand(1, 1, 8, 8))
+    numbers = np.random.default_rng(0).integers(0, 256, (1, 1, 8, 8), dtype=np.uint8)
+    found, wanted = (project_to_null(F, kind(picture)).image for picture in (numbers, numbers.astype(np.float32)))
+    assert found.dtype == wanted.dtype
+    np.testing.assert_array_equal(found, wanted)
+
+
 def test_the_budget_and_the_callback_stop_it():
     op = spectrum_operator(VALUES)[0]
     short = project_to_null(op, np.ones(200), maxiter=3)
@@ -168,6 +177,8 @@ def test_the_budget_and_the_callback_stop_it():
         (np.ones(4), {}, ValueError, "n = 3"),
         (np.zeros(3), {}, ValueError, "zero everywhere"),
         (np.array([1, np.nan, 0]), {}, ValueError, "finite"),
+        (np.ones(3) * 1j, {}, TypeError, "image is complex"),
+        (torch.ones(3) * 1j, {}, TypeError, "image is complex"),
         (np.ones(3), {"tol": 2}, ValueError, "tol"),
         (np.ones(3), {"maxiter": 0}, ValueError, "maxiter"),
     ],

@@ -82,7 +82,8 @@ class NullProjection:
     Attributes
     ----------
     image : Tensor or ndarray
-        The orthogonal projection of the given image on the null space of F, in its shape and type.
+        The orthogonal projection of the given image on the null space of F, in its shape and type; of the
+        operator's dtype where the image is of whole numbers.
     sensitivity : float
         ``||W^(1/2) J v|| / ||v||``: the model's discriminability of the projection, scaled to unit norm. It is at
         most ``sqrt(lambda_max)``, and zero to rounding in a null space.
@@ -256,6 +257,8 @@ def _row(op: RowOperator, image: Any) -> Tensor:
     """Return an image as one row, or say what is wrong with it."""
     if not isinstance(image, (Tensor, np.ndarray)):
         raise TypeError(f"image must be a tensor or an array, not {type(image).__name__}")
+    if "complex" in str(image.dtype):
+        raise TypeError("image is complex, and distortions are real: pass its real part")
     row = op.tensor(image.detach() if isinstance(image, Tensor) else image).reshape(1, -1)
     if _restricted(op, row.shape[1]):
         row = op.source.from_image(row)
@@ -294,7 +297,11 @@ def _answer(projection: Projection, tol: float, least: float, control: Control, 
         verdict = f"rounding in {op.dtype} stopped it at a residual of {residual:.1e}: loosen tol, or use float64"
     row = projection.rows[0]
     row = op.source.expand(row[None])[0] if _restricted(op, math.prod(image.shape)) else row
-    result = row.reshape(image.shape).to(image) if isinstance(image, Tensor) else row.cpu().numpy().reshape(image.shape)
+    result = row.reshape(image.shape)
+    if isinstance(image, Tensor):  # whole numbers cannot hold it
+        result = result.to(image) if image.is_floating_point() else result.to(image.device)
+    else:
+        result = result.cpu().numpy()
     return NullProjection(
         image=result,
         sensitivity=float(projection.sensitivity()[0]),
