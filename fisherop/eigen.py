@@ -14,16 +14,15 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherop import certificate, metric
 from fisherop.linearize import exact_arithmetic
-from fisherop.maps import whole
+from fisherop.maps import real, whole
 from fisherop.result import ConvergenceWarning, Eigendistortions
-from fisherop.rows import RowOperator, row_norms, stream
+from fisherop.rows import RowOperator, noise_floor, stream
 from fisherop.solvers import BACKENDS, ON_CUDA, Backend, Control, Progress, Request, exact, lobpcg
 from fisherop.solvers.contract import rows_in_memory, scale_fault, tolerance
 
@@ -142,7 +141,7 @@ def eigendistortions(
     if result.lambda_max == 0 and not found.doubt:
         warnings.warn(NOTHING_NOTICED, stacklevel=2)
     elif not result.converged.all() or found.doubt:
-        warnings.warn(advice(result, control, name, found.doubt), ConvergenceWarning, stacklevel=2)
+        warnings.warn(advice(result, control, name, found.doubt, found.note), ConvergenceWarning, stacklevel=2)
     return result
 
 
@@ -195,10 +194,11 @@ def checked_request(op: RowOperator, k: int, which: str, tol: float | None, v0: 
 
 
 def _start_rows(op: RowOperator, v0: Any) -> Tensor:
-    rows = op.vectors(v0.detach() if isinstance(v0, Tensor) else np.array(v0))
-    if not torch.isfinite(rows).all() or not bool((row_norms(rows) > 0).all()):
+    rows = op.vectors(real(v0, "v0"))
+    sizes = rows.abs().amax(dim=1, keepdim=True)
+    if not torch.isfinite(rows).all() or not bool((sizes > 0).all()):
         raise ValueError("v0 must be finite, and no vector of it zero where distortions are allowed")
-    return rows
+    return rows / sizes  # the squares of very large or very small entries are beyond any dtype
 
 
 def known(name: Any, names: tuple[str, ...], what: str) -> str:
@@ -210,7 +210,7 @@ def known(name: Any, names: tuple[str, ...], what: str) -> str:
     raise ValueError(f"{what} must be one of {', '.join(names)}, not {name!r}{hint}")
 
 
-def advice(result: Eigendistortions, control: Control, method: str, doubt: str) -> str:
+def advice(result: Eigendistortions, control: Control, method: str, doubt: str, note: str = "") -> str:
     """Return why a result is not all that was asked for, and what to change."""
     if result.converged.all():
         remedy = "let the callback go on" if control.stopped else "raise maxiter"
@@ -229,4 +229,8 @@ def advice(result: Eigendistortions, control: Control, method: str, doubt: str) 
             f"{missed} within {control.iteration} steps of {method!r}: raise maxiter, start from "
             "v0=result.eigendistortions, or try another method"
         )
-    return f"{missed}, which is {method!r}'s floor in {control.op.dtype}: loosen tol, or use a float64 image and model"
+    dtype = control.op.dtype
+    if worst > noise_floor(dtype):
+        return f"{missed}: {note or 'loosen tol, or try another method'}"
+    better = "a float64 image and model" if dtype == torch.float32 else "another method"
+    return f"{missed}, which is {method!r}'s floor in {dtype}: loosen tol, or use {better}"

@@ -200,7 +200,8 @@ def generator(rng: Any) -> np.random.Generator:
     try:
         return np.random.default_rng(rng)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"rng must be a whole number or a numpy.random.Generator, not {rng!r}") from error
+        least = " of at least 0" if isinstance(error, ValueError) else ""
+        raise TypeError(f"rng must be a whole number{least} or a numpy.random.Generator, not {rng!r}") from error
 
 
 def stream(rng: Any) -> np.random.Generator:

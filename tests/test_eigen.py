@@ -487,6 +487,27 @@ def test_a_floor_above_the_tolerance_is_told_apart_from_a_small_budget():
         fo.eigendistortions(F, 2, tol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_failure_that_is_no_rounding_is_given_the_remedy_of_its_solver(dtype):
+    matrix = torch.diag(torch.linspace(1, 0.1, 300, dtype=dtype))
+    with pytest.warns(fo.ConvergenceWarning, match="no null space of dimension 1 was found: use method='lanczos'$"):
+        fo.eigendistortions(matrix, 2, "BE", "nullspace", rng=0)
+
+
+def test_who_works_in_float64_is_not_told_to_use_it():
+    with pytest.warns(fo.ConvergenceWarning, match="floor in torch.float64: loosen tol, or use another method"):
+        fo.eigendistortions(spectrum_operator(np.linspace(1, 0.1, 60))[0], 2, tol=1e-17)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "auto"])
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+def test_the_size_of_start_vectors_does_not_matter(method, scale):
+    matrix, _ = spectrum_operator(np.r_[1, 0.9, np.linspace(0.3, 0.1, 198)])
+    one, other = (solve(matrix, 2, "LM", method, v0=s * block(0, 2, 200)) for s in (1.0, scale))
+    assert np.array_equal(one.converged, other.converged)
+    np.testing.assert_allclose(one.eigenvalues, other.eigenvalues, atol=1e-6)
+
+
 REFUSED = {
     "k = 0": ({"k": 0}, ValueError, "k must lie between 1 and n = 64, not 0"),
     "k > n": ({"k": 65}, ValueError, "between 1 and n = 64, not 65"),
@@ -502,6 +523,10 @@ REFUSED = {
     "maxiter = 2.5": ({"maxiter": 2.5}, TypeError, "maxiter must be a whole number, not 2.5"),
     "v0 of wrong length": ({"v0": np.ones(63)}, ValueError, "does not hold vectors of length n = 64"),
     "v0 zero": ({"v0": np.zeros(64)}, ValueError, "no vector of it zero"),
+    "v0 of text": ({"v0": ["a"] * 64}, TypeError, "v0 must be made of numbers, not list"),
+    "v0 complex": ({"v0": 1j * np.ones(64)}, TypeError, "v0 is complex"),
+    "callback": ({"callback": 3}, TypeError, "callback must be a function of one Progress, or None, not 3"),
+    "rng negative": ({"rng": -1}, TypeError, "rng must be a whole number of at least 0 or a numpy"),
     "rng": ({"rng": "seed"}, TypeError, "rng must be a whole number or a numpy.random.Generator, not 'seed'"),
 }
 

@@ -66,6 +66,10 @@ class Control:
     iteration: int = 0
     stopped: bool = False
 
+    def __post_init__(self) -> None:
+        if self.callback is not None and not callable(self.callback):
+            raise TypeError(f"callback must be a function of one Progress, or None, not {self.callback!r}")
+
     def step(self, residuals: Tensor | None = None) -> bool:
         """Count one product with a block, report it, and tell whether to stop."""
         if self.stopped:
@@ -203,7 +207,8 @@ def orthonormal(rows: Tensor, against: Tensor | None = None, images: Tensor | No
         products = gram(rows, rows)
         sizes = products.diagonal().sqrt() if first else torch.ones_like(products.diagonal())
         kept = sizes > 10 * eps
-        rows, sizes, products = rows[kept.nonzero()[:, 0]], sizes[kept], products[kept][:, kept]
+        if not kept.all():
+            rows, sizes, products = rows[kept.nonzero()[:, 0]], sizes[kept], products[kept][:, kept]
         values, vectors = torch.linalg.eigh(products / sizes / sizes[:, None])
         rank = values > (len(rows) * 100 * eps**2 + 1e-14 if first else 0.25)
         rows = (vectors[:, rank] / values[rank].sqrt() / sizes[:, None]).T.to(rows) @ rows
