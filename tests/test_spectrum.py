@@ -157,6 +157,45 @@ def test_count_says_what_it_cannot_resolve(monkeypatch):
     assert (ranks.low, ranks.high) == (pytest.approx(N - clear.high), pytest.approx(N - clear.low))
 
 
+@given(seeds, st.sampled_from([np.float32, np.float64]), st.integers(1, 4))
+def test_an_eigenvalue_at_the_threshold_counts_whatever_rounding_makes_of_it(seed, dtype, distinct):
+    rng = np.random.default_rng(seed)
+    levels = np.cumsum(0.1 + rng.random(distinct)).astype(dtype)
+    levels[0] *= seed % 2  # half of all have a null space
+    values = np.repeat(levels, rng.integers(5, 99, distinct))
+    op = RowOperator(hidden(values))
+    starts = moments.sphere(op, 3, rng)
+    alpha, beta = quadrature.lanczos(op, starts, 9, lambda *_: False)
+    floor = quadrature.rounding(op, float(levels[-1]))
+    shares, slack = (starts.double().square() / len(values)).numpy(), 30 * float(np.finfo(dtype).eps)
+    for level in levels.astype(float):
+        for off in (-2, -0.1, 0, 0.1):
+            threshold = max(0.0, level + off * floor)
+            low, high = quadrature.at_most(threshold, floor).bounds(alpha, beta, floor)
+            truth = shares @ (values <= threshold + floor)
+            assert (truth - slack <= low).all()
+            assert (low <= high).all()
+            assert (high <= truth + slack).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rest", [0.0, 0.5, 1.0])
+def test_all_eigenvalues_are_no_larger_than_the_largest(dtype, rest, monkeypatch):
+    monkeypatch.setattr("fisherop.spectrum.functions.exact_products", lambda _: math.inf)
+    op = hidden(np.where(np.arange(N) < 20, 1, rest).astype(dtype))
+    density = fo.spectral_density(op, 4, steps=9, rng=0)
+    for found in (fo.count(op, 1.0, 4, rng=0), density.count(1.0)):
+        assert (found.low, found.high) == (pytest.approx(N, rel=1e-12), N)
+
+
+@given(seeds, st.integers(2, 40))
+def test_the_dense_problem_counts_an_eigenvalue_at_the_threshold(seed, n):
+    matrix, _ = spectrum_operator(np.repeat([2.0, 1.0, 0.0], n), seed)
+    assert [fo.count(matrix, t).value for t in (0.0, 1.0, 2.0)] == [n, 2 * n, 3 * n]
+    density = fo.spectral_density(matrix)
+    assert [density.count(t).value for t in (0.0, 1.0, 2.0)] == [n, 2 * n, 3 * n]
+
+
 # --------------------------------------------------------------------------------------------------------------- exact
 
 
@@ -435,6 +474,16 @@ def test_zero_operator_has_zero_everything():
     assert fo.trace(big, 8, rng=0).value == 0
     assert spectrum.participation_ratio(big, 8, rng=0).value == 0
     assert spectrum.lambda_max(big, rng=0).high == 0
+
+
+def test_all_eigenvalues_of_the_zero_operator_are_zero_without_doubt(monkeypatch):
+    monkeypatch.setattr("fisherop.spectrum.functions.exact_products", lambda _: math.inf)
+    big = hidden(np.zeros(N))
+    everything = (spectrum.nullity(big, 4, rng=0), fo.count(big, 0.0, 4, rng=0), fo.count(big, 1.0, 4, rng=0))
+    for found in (*everything, fo.spectral_density(big, 4, steps=3, rng=0).count(0.0)):
+        assert found.low == pytest.approx(N)
+        assert found.high == pytest.approx(N)
+    assert spectrum.rank(big, 4, rng=0).high == pytest.approx(0, abs=1e-9)
 
 
 def test_a_factor_without_rows_has_zero_everything():

@@ -22,11 +22,11 @@ from fisherop.spectrum.quadrature import (
     MOST_PROBES,
     N_PROBES,
     SPACE,
-    AtMost,
     Functional,
     Measures,
     Smooth,
     affordable,
+    at_most,
     batch_size,
     check_above,
     checked_steps,
@@ -79,7 +79,7 @@ class SpectralDensity:
 
     def count(self, threshold: float) -> Estimate:
         """Return how many eigenvalues are no larger than a threshold, as `fisherop.count` does, without a product."""
-        return self._sum(AtMost(max(threshold, self.floor)), (0, self.n))
+        return self._sum(at_most(threshold, self.floor), (0, self.n))
 
     def logdet(self, mu: float) -> Estimate:
         """Return log det(F + mu I), as `fisherop.logdet` does, without a product."""

@@ -26,6 +26,7 @@ from fisherop.spectrum.quadrature import (
     Functional,
     Measures,
     Smooth,
+    at_most,
     batch_size,
     check_above,
     checked_steps,
@@ -163,7 +164,8 @@ def count(
     op : FisherOperator, LinearOperator, sparse or dense matrix
         Any n x n symmetric positive semidefinite operator.
     threshold : float
-        In units of F. Where it is below what rounding makes of zero, those that rounding cannot tell from zero count.
+        In units of F. An eigenvalue that rounding cannot tell from it counts as no larger, be it larger or smaller by
+        up to ``4 sqrt(n) eps lambda_max``: that of the threshold itself always counts, and at 0 the null space.
     n_probes, rtol, steps, rng, callback
         As in `logdet`.
 
@@ -192,7 +194,7 @@ def count(
         return exactly(0.0, 0, "exact: no eigenvalue is negative.")
 
     def functional(floor: float) -> Functional:
-        return AtMost(max(threshold, floor))
+        return at_most(threshold, floor)
 
     return _summed(operator, functional, n_probes, rtol, steps, rng, callback, within=(0, operator.n))
 
@@ -211,7 +213,7 @@ def nullity(
     Parameters
     ----------
     op, n_probes, rtol, steps, rng, callback
-        As in `count`, for the threshold below which rounding cannot tell an eigenvalue from zero.
+        As in `count`, for a threshold of 0: what rounding cannot tell from zero counts as zero.
 
     Returns
     -------

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fisherop.maps import whole
 from fisherop.rows import RowOperator, row_norms, unit
-from fisherop.solvers.contract import rows_in_memory
+from fisherop.solvers.contract import least, rows_in_memory
 from fisherop.spectrum.estimate import Estimate, Floats, Judged, Plan, between
 from fisherop.spectrum.moments import Krylov, exact_products, sphere
 
@@ -81,11 +81,22 @@ class AtMost:
         return (values <= self.threshold).astype(np.float64)
 
     def bounds(self, alpha: Floats, beta: Floats, floor: float, /) -> tuple[Floats, Floats]:
-        """Bound by the rule with a node at the threshold, which counts or does not."""
-        nodes, weights = radau(alpha, beta, np.full(len(alpha), max(self.threshold, floor)))
-        place = np.abs(nodes - max(self.threshold, floor)).argmin(1)[:, None]
-        low = (weights * (np.arange(nodes.shape[1]) < place)).sum(1)
-        return low, low + np.take_along_axis(weights, place, 1)[:, 0]
+        """Bound by the rule with a node at the threshold, which counts or does not, as do those that coincide with it.
+
+        A run that has found an eigenvalue at the threshold has a node there already, and nothing says which of the two
+        got its weight.
+        """
+        at = max(self.threshold, floor, least(torch.float64))  # not at the only node of F = 0
+        nodes, weights = radau(alpha, beta, np.full(len(alpha), at))
+        off = np.abs(nodes - at)
+        open_ = (off <= floor / 2) | (off == off.min(1, keepdims=True))
+        low = (weights * (~open_ & (nodes < at))).sum(1)
+        return low, low + (weights * open_).sum(1)
+
+
+def at_most(threshold: float, floor: float) -> AtMost:
+    """Return what counts the eigenvalues up to a threshold, and those that rounding cannot tell from it."""
+    return AtMost(max(threshold, 0.0) + floor)
 
 
 def gauss(alpha: Floats, beta: Floats) -> tuple[Floats, Floats]:
