@@ -84,6 +84,27 @@ def test_interval_holds_the_truth_in_about_95_of_100_runs(name, monkeypatch):
     assert abs(np.mean([e.value for e in found]) - truth) < 4 * spread / 10
 
 
+@pytest.mark.parametrize(("name", "n_probes"), [("trace", 4), ("frobenius_norm", 4), ("frobenius_norm", 16)])
+def test_interval_of_few_skew_samples_holds_the_truth_as_often(name, n_probes):
+    values = 1 / np.arange(1.0, 301) ** 2
+    op, truth, estimate = torch.diag(torch.from_numpy(values)), TRUTH[name](values), getattr(spectrum, name)
+    found = [estimate(op, n_probes, rng=seed) for seed in range(400)]
+    low, high = (np.mean(side) for side in zip(*((truth < e.low, truth > e.high) for e in found), strict=True))
+    assert low <= 0.03
+    assert high <= 0.06  # Student's interval lies below the truth in 7 to 12 of 100 runs
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", ["trace", "frobenius_norm", "participation_ratio"])
+def test_interval_without_spread_is_as_wide_as_rounding(name, dtype):
+    values = np.full(5000, 0.7, dtype)
+    truth, eps = TRUTH[name](values.astype(float)), float(np.finfo(dtype).eps)
+    for seed in range(20):
+        found = getattr(spectrum, name)(hidden(values), 8, rng=seed)
+        assert found.low <= truth <= found.high
+        assert found.high - found.low <= 200 * eps * truth
+
+
 def test_interval_holds_the_truth_where_rtol_stops_the_work():
     values = SPECTRA["decaying"]
     found = [fo.trace(hidden(values), rtol=0.02, rng=seed) for seed in range(100)]

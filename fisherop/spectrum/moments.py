@@ -203,7 +203,10 @@ def trace(
             samples.extend(_forms(operator, sphere(operator, count, plan.rng, space.rows)))
             return len(samples)
 
-        return sampled(operator, plan, draw, lambda: mean_of(np.array(samples), space.trace), words=_words(space))
+        def judge() -> Judged:
+            return mean_of(np.array(samples), space.trace, torch.finfo(operator.dtype).eps)
+
+        return sampled(operator, plan, draw, judge, words=_words(space))
 
     def exact() -> Estimate:
         return exactly(_exact_trace(operator), operator.n_matvec)
@@ -239,10 +242,10 @@ def frobenius_norm(
     """
 
     def judge(traces: Floats, squares: Floats, space: Krylov) -> Judged:
-        found = mean_of(squares, space.squares)
+        found = mean_of(squares, space.squares, torch.finfo(space.rows.dtype).eps)
         norm = found.value**0.5
-        low, high = max(found.low, space.squares), found.high
-        return Judged(norm, found.standard_error / (2 * norm) if norm else 0.0, low**0.5, high**0.5)
+        error = found.standard_error / (2 * norm) if norm else 0.0
+        return Judged(norm, error, max(0.0, found.low) ** 0.5, found.high**0.5)
 
     return _second_moment(op, n_probes, rtol, rng, callback, lambda trace, norm: norm, judge)
 
@@ -282,7 +285,8 @@ def participation_ratio(
         influence = 2 * traces / total - squares / norm
         error = float(influence.std(ddof=1) / np.sqrt(len(influence)))
         value = float(total**2 / norm)
-        reach = float(np.exp(critical(0.0, len(traces) - 1) * error + 1e-14))
+        rounding = 64 * torch.finfo(space.rows.dtype).eps
+        reach = float(np.exp(critical(0.0, len(traces) - 1) * error + rounding))
         return Judged(value, value * error, value / reach, value * reach)
 
     def ratio(trace: float, norm: float) -> float:
