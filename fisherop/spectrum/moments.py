@@ -24,12 +24,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 import torch
 from torch import Tensor
 
 from fisherop.rows import RowOperator, unit
 from fisherop.solvers import exact as dense
-from fisherop.solvers.contract import BASIS_BYTES, Matrix, Progress, gram, orthonormal, rows_in_memory
+from fisherop.solvers.contract import BASIS_BYTES, Matrix, Progress, gram, orthonormal, rows_in_memory, scale_fault
 from fisherop.spectrum.estimate import (
     Estimate,
     Floats,
@@ -106,8 +107,17 @@ def krylov(
             rest = op.random_rows(1, rng)
         row = orthonormal(rest, basis[: j + 1])
         if not len(row):
-            return replace(space, beyond=0.0)
+            space = replace(space, beyond=0.0)
+            break
+    check_scale(op, space.lambda_max)
     return space
+
+
+def check_scale(op: RowOperator, lambda_max: float) -> None:
+    """Refuse an operator whose products have squares that are zero or infinite."""
+    fault = scale_fault(op.dtype, lambda_max)
+    if fault:
+        raise ValueError(f"nothing can be estimated, for {fault}: rescale the model's response")
 
 
 def worthwhile(op: RowOperator, size: int, rng: np.random.Generator) -> Krylov:
@@ -309,7 +319,7 @@ def _second_moment(
 
     def exact() -> Estimate:
         values = eigenvalues(operator)
-        return exactly(known(float(values.sum()), float(np.linalg.norm(values))), operator.n_matvec)
+        return exactly(known(float(values.sum()), float(scipy.linalg.norm(values))), operator.n_matvec)
 
     def sample(plan: Plan) -> Estimate:
         space = worthwhile(operator, plan.first, plan.rng)
