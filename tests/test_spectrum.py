@@ -559,11 +559,49 @@ def test_what_has_no_squares_is_refused_and_the_dense_problem_still_solved(scale
         (lambda: spectrum.left_vectors(np.eye(3), fo.eigendistortions(np.eye(3), k=1)), TypeError, "FisherOperator"),
         (lambda: spectrum.subspace_angles(np.eye(3), np.eye(4)), ValueError, "no angle"),
         (lambda: fo.spectral_density(np.eye(3)).density([1.0]), ValueError, "edges"),
+        (lambda: fo.spectral_density(np.eye(3)).density("a"), TypeError, "edges must be made of numbers"),
+        (lambda: fo.spectral_density(np.eye(3)).cumulative(2.0), ValueError, "one dimension"),
+        (lambda: fo.spectral_density(np.eye(3)).cumulative([math.nan]), ValueError, "finite"),
+        (lambda: fo.spectral_density(np.eye(3)).count(math.nan), ValueError, "finite"),
+        (lambda: fo.spectral_density(np.eye(3)).resolution("a"), TypeError, "made of numbers"),
+        (lambda: fo.spectral_density(np.eye(3)).logdet(None), TypeError, "mu must be made of numbers"),
+        (lambda: fo.logdet(np.eye(3), None), TypeError, "mu must be made of numbers"),
+        (lambda: fo.logdet(np.eye(3), "a"), TypeError, "mu must be made of numbers"),
+        (lambda: fo.effective_dimension(np.eye(3), np.ones(2)), TypeError, "mu must be one number"),
+        (lambda: fo.count(np.eye(3), None), TypeError, "threshold must be made of numbers"),
+        (lambda: fo.count(np.eye(3), np.ones(2)), TypeError, "threshold must be one number"),
+        (lambda: fo.trace(np.eye(3), rtol="x"), TypeError, "rtol must be made of numbers"),
+        (
+            lambda: spectrum.left_vectors(fo.FisherOperator(torch.nn.Identity(), torch.ones(1, 3)), np.eye(3)),
+            TypeError,
+            "what eigendistortions returned",
+        ),
+        (lambda: spectrum.subspace_angles("a", np.eye(3)), TypeError, "vectors must be made of numbers"),
     ],
 )
 def test_bad_arguments_are_refused_with_the_remedy(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize("of", [float, np.float32, torch.tensor, lambda x: np.array([x])])
+def test_a_level_is_read_whatever_holds_it(of):
+    op, values = hidden(SPECTRA["null"]), np.array([3.0, 2.0, 1.0])
+    assert fo.logdet(np.diag(values), of(1.0)).value == pytest.approx(np.log(values + 1).sum())
+    assert fo.effective_dimension(np.diag(values), of(1.0)).value == pytest.approx((values / (values + 1)).sum())
+    assert fo.count(np.diag(values), of(2.0)).value == 2
+    assert fo.trace(op, 32, rtol=of(0.5), rng=0).value == fo.trace(op, 32, rtol=0.5, rng=0).value
+    density = fo.spectral_density(op, 4, steps=9, rng=0)
+    assert density.count(of(1.0)).value == density.count(1.0).value
+    assert density.cumulative(torch.tensor([2.0, 1.0]))[0].tolist() == density.cumulative([2.0, 1.0])[0].tolist()
+
+
+def test_no_eigenvalue_is_negative():
+    for op in (np.diag([1.0, 0.0]), hidden(SPECTRA["null"])):
+        density = fo.spectral_density(op, 4, steps=9, rng=0)
+        for found in (fo.count(op, -1.0, 4, steps=9, rng=0), density.count(-1.0)):
+            assert (found.value, found.low, found.high) == (0, 0, 0)
+        assert density.cumulative([-1.0])[2] == 0
 
 
 # ------------------------------------------------------------------------------------------------------------- figures

@@ -42,6 +42,11 @@ def lambda_max(op: Any, *, steps: int | None = None, rng: Any = None) -> Estimat
         is not above `high` but with probability 0.001. `standard_error` is NaN, for nothing is known of it. Exact where
         that costs no more.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument that makes no sense.
+
     Examples
     --------
     >>> import numpy as np, fisherop as fo
@@ -66,6 +71,11 @@ def lambda_min(op: Any, *, steps: int | None = None, rng: Any = None) -> Estimat
         `value` is a Ritz value, which the smallest eigenvalue is not above but for rounding, which is in `high`; it is
         not below `low` but with probability 0.001. See `lambda_max`.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument that makes no sense.
+
     Examples
     --------
     >>> import numpy as np, fisherop as fo
@@ -89,6 +99,11 @@ def condition(op: Any, *, steps: int | None = None, rng: Any = None) -> Estimate
         `value` is a ratio of Ritz values, which the true one is not below but for rounding, which is in `low`; it is
         not above `high` but with probability 0.002. Infinite where the smallest eigenvalue may be, or is, zero to
         rounding.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument that makes no sense.
 
     Examples
     --------

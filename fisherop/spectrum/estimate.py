@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fisherop.maps import whole
+from fisherop.maps import number, whole
 from fisherop.rows import RowOperator, stream
 from fisherop.solvers.contract import Progress, asks_to_stop
 
@@ -122,6 +122,7 @@ def planned(
     n_probes = whole(n_probes, "n_probes")
     if n_probes < 4:
         raise ValueError(f"n_probes must be at least 4, for fewer do not tell their own uncertainty, not {n_probes}")
+    rtol = None if rtol is None else number(rtol, "rtol")
     if rtol is not None and not 0 < rtol < 1:
         raise ValueError(
             f"rtol, half the 95 % interval relative to the value, must lie between 0 and 1, not {rtol}: leave it out "

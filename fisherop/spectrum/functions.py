@@ -21,6 +21,7 @@ from fisherop.spectrum.moments import eigenvalues, exact_products, krylov, parti
 from fisherop.spectrum.quadrature import (
     MOST_PROBES,
     N_PROBES,
+    NONE_NEGATIVE,
     SPACE,
     AtMost,
     Functional,
@@ -31,6 +32,7 @@ from fisherop.spectrum.quadrature import (
     check_above,
     checked_steps,
     drawing,
+    finite,
     positive,
     rounding,
     with_steps,
@@ -187,11 +189,10 @@ def count(
     >>> fo.count(np.diag([3.0, 2.0, 1.0]), 2.5).value
     2.0
     """
-    if not np.isfinite(threshold):
-        raise ValueError(f"threshold must be finite, not {threshold}")
+    threshold = finite(threshold)
     operator = RowOperator(op)
     if threshold < 0:
-        return exactly(0.0, 0, "exact: no eigenvalue is negative.")
+        return exactly(0.0, 0, NONE_NEGATIVE)
 
     def functional(floor: float) -> Functional:
         return at_most(threshold, floor)
@@ -219,6 +220,11 @@ def nullity(
     -------
     Estimate
         Never less than what follows from a response of fewer numbers than the image has.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument that makes no sense.
 
     Examples
     --------
@@ -252,6 +258,11 @@ def rank(
     -------
     Estimate
         Between 0 and n.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument that makes no sense.
 
     Examples
     --------

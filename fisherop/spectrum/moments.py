@@ -244,6 +244,11 @@ def frobenius_norm(
     Estimate
         Exact, with a standard error of 0, where that costs no more products.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument that makes no sense.
+
     Examples
     --------
     >>> import numpy as np, fisherop as fo
@@ -280,6 +285,11 @@ def participation_ratio(
     Estimate
         Exact, with a standard error of 0, where that costs no more products. The interval is Student's for the
         logarithm, by the delta method.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument that makes no sense.
 
     Examples
     --------

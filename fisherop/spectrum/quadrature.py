@@ -17,13 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fisherop.maps import whole
+from fisherop.maps import number, whole
 from fisherop.rows import RowOperator, row_norms, unit
 from fisherop.solvers.contract import least, rows_in_memory
 from fisherop.spectrum.estimate import Estimate, Floats, Judged, Plan, between
@@ -37,6 +37,7 @@ SPACE = 32
 """Products that go into the Krylov space of the control variate."""
 KNOWN = 0.1
 """Relative residual up to which a Ritz pair takes part in it."""
+NONE_NEGATIVE = "exact: no eigenvalue is negative."
 GAP = 0.1
 """Distance of the bounds of a quadrature, relative to the standard error, at which more steps are of no use."""
 
@@ -96,7 +97,7 @@ class AtMost:
 
 def at_most(threshold: float, floor: float) -> AtMost:
     """Return what counts the eigenvalues up to a threshold, and those that rounding cannot tell from it."""
-    return AtMost(max(threshold, 0.0) + floor)
+    return AtMost(threshold + floor)
 
 
 def gauss(alpha: Floats, beta: Floats) -> tuple[Floats, Floats]:
@@ -250,11 +251,20 @@ def with_steps(found: Estimate, measures: Measures) -> Estimate:
     return replace(found, message=words)
 
 
-def positive(mu: float) -> float:
+def positive(mu: Any) -> float:
     """Return a level that was given, checked."""
-    if not (np.isfinite(mu) and mu > 0):
-        raise ValueError(f"mu must be positive and finite, for F has null directions, not {mu}")
-    return float(mu)
+    found = number(mu, "mu")
+    if not (math.isfinite(found) and found > 0):
+        raise ValueError(f"mu must be positive and finite, for F has null directions, not {found}")
+    return found
+
+
+def finite(threshold: Any) -> float:
+    """Return a threshold that was given, checked."""
+    found = number(threshold, "threshold")
+    if not math.isfinite(found):
+        raise ValueError(f"threshold must be finite, not {found}")
+    return found
 
 
 def check_above(mu: float, floor: float) -> None:
