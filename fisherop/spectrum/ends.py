@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from fisherop.certificate import DOUBT, outer
 from fisherop.rows import RowOperator
@@ -135,9 +136,9 @@ def _ends(op: Any, steps: int | None, rng: Any) -> tuple[Estimate, Estimate]:
     low, high = smallest, largest
     if beta[0, -1] > 0:
         low, high = -outer(-values[::-1], list(beta[0]), operator.n), outer(values, list(beta[0]), operator.n)
-    slack = rounding(operator, largest)
+    blur = 32 * torch.finfo(operator.dtype).eps * largest  # as in the certificate
     words = f"{len(values)} Lanczos steps; the outer bound holds with probability {1 - DOUBT:g}."
-    end = Estimate(smallest, np.nan, operator.n_matvec, max(0.0, low - slack), smallest + slack, 1, message=words)
+    end = Estimate(smallest, np.nan, operator.n_matvec, max(0.0, low - blur), smallest + blur, 1, message=words)
     if operator.m is not None and operator.m < operator.n:
         end = replace(end, value=0.0, low=0.0, high=0.0)
-    return end, replace(end, value=largest, low=max(0.0, largest - slack), high=max(high, largest) + slack)
+    return end, replace(end, value=largest, low=max(0.0, largest - blur), high=max(high, largest) + blur)
