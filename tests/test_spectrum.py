@@ -84,6 +84,27 @@ def test_interval_holds_the_truth_in_about_95_of_100_runs(name, monkeypatch):
     assert abs(np.mean([e.value for e in found]) - truth) < 4 * spread / 10
 
 
+@pytest.mark.parametrize(("name", "n_probes"), [("trace", 4), ("frobenius_norm", 4), ("frobenius_norm", 16)])
+def test_interval_of_few_skew_samples_holds_the_truth_as_often(name, n_probes):
+    values = 1 / np.arange(1.0, 301) ** 2
+    op, truth, estimate = torch.diag(torch.from_numpy(values)), TRUTH[name](values), getattr(spectrum, name)
+    found = [estimate(op, n_probes, rng=seed) for seed in range(400)]
+    low, high = (np.mean(side) for side in zip(*((truth < e.low, truth > e.high) for e in found), strict=True))
+    assert low <= 0.03
+    assert high <= 0.06  # Student's interval lies below the truth in 7 to 12 of 100 runs
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", ["trace", "frobenius_norm", "participation_ratio"])
+def test_interval_without_spread_is_as_wide_as_rounding(name, dtype):
+    values = np.full(5000, 0.7, dtype)
+    truth, eps = TRUTH[name](values.astype(float)), float(np.finfo(dtype).eps)
+    for seed in range(20):
+        found = getattr(spectrum, name)(hidden(values), 8, rng=seed)
+        assert found.low <= truth <= found.high
+        assert found.high - found.low <= 200 * eps * truth
+
+
 def test_interval_holds_the_truth_where_rtol_stops_the_work():
     values = SPECTRA["decaying"]
     found = [fo.trace(hidden(values), rtol=0.02, rng=seed) for seed in range(100)]
@@ -129,12 +150,22 @@ def test_ends_are_bracketed(seed, steps):
     values = rng.random(80) ** 3 + (1e-3 if seed % 2 else 0)
     op = np.diag(values)
     high, low = spectrum.lambda_max(op, steps=steps, rng=seed), spectrum.lambda_min(op, steps=steps, rng=seed)
-    assert high.low <= values.max() * (1 + 1e-12)
-    assert values.max() <= high.high
-    assert low.low <= values.min() <= low.high * (1 + 1e-9)
+    assert high.low <= values.max() <= high.high
+    assert low.low <= values.min() <= low.high
     ratio = spectrum.condition(op, steps=steps, rng=seed)
-    assert ratio.low * (1 - 1e-9) <= values.max() / values.min() <= ratio.high
+    assert ratio.low <= values.max() / values.min() <= ratio.high
     assert math.isnan(high.standard_error)
+
+
+@given(seeds, st.sampled_from([np.float32, np.float64]), st.integers(2, 12))
+def test_ends_are_bracketed_where_rounding_is_all_that_is_in_doubt(seed, dtype, steps):
+    level = dtype(1 + np.random.default_rng(seed).random())
+    op = hidden(np.full(100 * steps, level, dtype))
+    for found in (spectrum.lambda_max(op, steps=steps, rng=seed), spectrum.lambda_min(op, steps=steps, rng=seed)):
+        assert found.low <= level <= found.high
+        assert found.high - found.low <= 200 * np.finfo(dtype).eps
+    ratio = spectrum.condition(op, steps=steps, rng=seed)
+    assert ratio.low <= 1 <= ratio.high
 
 
 def test_critical_value_is_students_without_a_gap_and_one_sided_with_a_wide_one():
@@ -155,6 +186,45 @@ def test_count_says_what_it_cannot_resolve(monkeypatch):
     assert clear.high - clear.low < 0.5 * (found.high - found.low)
     ranks = spectrum.rank(hidden(SPECTRA["null"]), 8, steps=60, rng=0)
     assert (ranks.low, ranks.high) == (pytest.approx(N - clear.high), pytest.approx(N - clear.low))
+
+
+@given(seeds, st.sampled_from([np.float32, np.float64]), st.integers(1, 4))
+def test_an_eigenvalue_at_the_threshold_counts_whatever_rounding_makes_of_it(seed, dtype, distinct):
+    rng = np.random.default_rng(seed)
+    levels = np.cumsum(0.1 + rng.random(distinct)).astype(dtype)
+    levels[0] *= seed % 2  # half of all have a null space
+    values = np.repeat(levels, rng.integers(5, 99, distinct))
+    op = RowOperator(hidden(values))
+    starts = moments.sphere(op, 3, rng)
+    alpha, beta = quadrature.lanczos(op, starts, 9, lambda *_: False)
+    floor = quadrature.rounding(op, float(levels[-1]))
+    shares, slack = (starts.double().square() / len(values)).numpy(), 30 * float(np.finfo(dtype).eps)
+    for level in levels.astype(float):
+        for off in (-2, -0.1, 0, 0.1):
+            threshold = max(0.0, level + off * floor)
+            low, high = quadrature.at_most(threshold, floor).bounds(alpha, beta, floor)
+            truth = shares @ (values <= threshold + floor)
+            assert (truth - slack <= low).all()
+            assert (low <= high).all()
+            assert (high <= truth + slack).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rest", [0.0, 0.5, 1.0])
+def test_all_eigenvalues_are_no_larger_than_the_largest(dtype, rest, monkeypatch):
+    monkeypatch.setattr("fisherop.spectrum.functions.exact_products", lambda _: math.inf)
+    op = hidden(np.where(np.arange(N) < 20, 1, rest).astype(dtype))
+    density = fo.spectral_density(op, 4, steps=9, rng=0)
+    for found in (fo.count(op, 1.0, 4, rng=0), density.count(1.0)):
+        assert (found.low, found.high) == (pytest.approx(N, rel=1e-12), N)
+
+
+@given(seeds, st.integers(2, 40))
+def test_the_dense_problem_counts_an_eigenvalue_at_the_threshold(seed, n):
+    matrix, _ = spectrum_operator(np.repeat([2.0, 1.0, 0.0], n), seed)
+    assert [fo.count(matrix, t).value for t in (0.0, 1.0, 2.0)] == [n, 2 * n, 3 * n]
+    density = fo.spectral_density(matrix)
+    assert [density.count(t).value for t in (0.0, 1.0, 2.0)] == [n, 2 * n, 3 * n]
 
 
 # --------------------------------------------------------------------------------------------------------------- exact
@@ -437,11 +507,34 @@ def test_zero_operator_has_zero_everything():
     assert spectrum.lambda_max(big, rng=0).high == 0
 
 
+def test_all_eigenvalues_of_the_zero_operator_are_zero_without_doubt(monkeypatch):
+    monkeypatch.setattr("fisherop.spectrum.functions.exact_products", lambda _: math.inf)
+    big = hidden(np.zeros(N))
+    everything = (spectrum.nullity(big, 4, rng=0), fo.count(big, 0.0, 4, rng=0), fo.count(big, 1.0, 4, rng=0))
+    for found in (*everything, fo.spectral_density(big, 4, steps=3, rng=0).count(0.0)):
+        assert found.low == pytest.approx(N)
+        assert found.high == pytest.approx(N)
+    assert spectrum.rank(big, 4, rng=0).high == pytest.approx(0, abs=1e-9)
+
+
 def test_a_factor_without_rows_has_zero_everything():
     nothing = fo.noise.Custom(torch.zeros(1, 1), root=torch.zeros(0, 1))
     F = fo.FisherOperator(lambda x: x.sum(), torch.ones(4, 10), nothing)
     assert fo.trace(F).value == spectrum.frobenius_norm(F).value == spectrum.rank(F).value == 0
     assert torch.equal(fo.sensitivity_map(F).value, torch.zeros(4, 10).double())
+
+
+@pytest.mark.parametrize("scale", [np.float64(1e-170), np.float64(1e170), np.float32(1e-35)])
+def test_what_has_no_squares_is_refused_and_the_dense_problem_still_solved(scale):
+    n = 5000
+    for name in ("trace", "frobenius_norm", "participation_ratio", "nullity", "rank", "lambda_max", "lambda_min",
+                 "condition", "spectral_density", "sensitivity_map"):  # fmt: skip
+        with pytest.raises(ValueError, match=r"is outside float.* rescale the model's response"):
+            getattr(spectrum, name)(hidden(np.linspace(1, 2, n).astype(scale.dtype) * scale), rng=0)
+    few = np.linspace(1, 2, 9).astype(scale.dtype) * scale
+    for name in ("trace", "frobenius_norm", "participation_ratio"):
+        truth = TRUTH[name](few.astype(float) / scale) * (1 if name.startswith("part") else float(scale))
+        np.testing.assert_allclose(getattr(spectrum, name)(hidden(few)).value, truth, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -466,11 +559,49 @@ def test_a_factor_without_rows_has_zero_everything():
         (lambda: spectrum.left_vectors(np.eye(3), fo.eigendistortions(np.eye(3), k=1)), TypeError, "FisherOperator"),
         (lambda: spectrum.subspace_angles(np.eye(3), np.eye(4)), ValueError, "no angle"),
         (lambda: fo.spectral_density(np.eye(3)).density([1.0]), ValueError, "edges"),
+        (lambda: fo.spectral_density(np.eye(3)).density("a"), TypeError, "edges must be made of numbers"),
+        (lambda: fo.spectral_density(np.eye(3)).cumulative(2.0), ValueError, "one dimension"),
+        (lambda: fo.spectral_density(np.eye(3)).cumulative([math.nan]), ValueError, "finite"),
+        (lambda: fo.spectral_density(np.eye(3)).count(math.nan), ValueError, "finite"),
+        (lambda: fo.spectral_density(np.eye(3)).resolution("a"), TypeError, "made of numbers"),
+        (lambda: fo.spectral_density(np.eye(3)).logdet(None), TypeError, "mu must be made of numbers"),
+        (lambda: fo.logdet(np.eye(3), None), TypeError, "mu must be made of numbers"),
+        (lambda: fo.logdet(np.eye(3), "a"), TypeError, "mu must be made of numbers"),
+        (lambda: fo.effective_dimension(np.eye(3), np.ones(2)), TypeError, "mu must be one number"),
+        (lambda: fo.count(np.eye(3), None), TypeError, "threshold must be made of numbers"),
+        (lambda: fo.count(np.eye(3), np.ones(2)), TypeError, "threshold must be one number"),
+        (lambda: fo.trace(np.eye(3), rtol="x"), TypeError, "rtol must be made of numbers"),
+        (
+            lambda: spectrum.left_vectors(fo.FisherOperator(torch.nn.Identity(), torch.ones(1, 3)), np.eye(3)),
+            TypeError,
+            "what eigendistortions returned",
+        ),
+        (lambda: spectrum.subspace_angles("a", np.eye(3)), TypeError, "vectors must be made of numbers"),
     ],
 )
 def test_bad_arguments_are_refused_with_the_remedy(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize("of", [float, np.float32, torch.tensor, lambda x: np.array([x])])
+def test_a_level_is_read_whatever_holds_it(of):
+    op, values = hidden(SPECTRA["null"]), np.array([3.0, 2.0, 1.0])
+    assert fo.logdet(np.diag(values), of(1.0)).value == pytest.approx(np.log(values + 1).sum())
+    assert fo.effective_dimension(np.diag(values), of(1.0)).value == pytest.approx((values / (values + 1)).sum())
+    assert fo.count(np.diag(values), of(2.0)).value == 2
+    assert fo.trace(op, 32, rtol=of(0.5), rng=0).value == fo.trace(op, 32, rtol=0.5, rng=0).value
+    density = fo.spectral_density(op, 4, steps=9, rng=0)
+    assert density.count(of(1.0)).value == density.count(1.0).value
+    assert density.cumulative(torch.tensor([2.0, 1.0]))[0].tolist() == density.cumulative([2.0, 1.0])[0].tolist()
+
+
+def test_no_eigenvalue_is_negative():
+    for op in (np.diag([1.0, 0.0]), hidden(SPECTRA["null"])):
+        density = fo.spectral_density(op, 4, steps=9, rng=0)
+        for found in (fo.count(op, -1.0, 4, steps=9, rng=0), density.count(-1.0)):
+            assert (found.value, found.low, found.high) == (0, 0, 0)
+        assert density.cumulative([-1.0])[2] == 0
 
 
 # ------------------------------------------------------------------------------------------------------------- figures

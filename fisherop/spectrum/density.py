@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fisherop.maps import number, real
 from fisherop.rows import RowOperator
 from fisherop.solvers.contract import Progress
 from fisherop.spectrum.estimate import Estimate, Floats, exactly, planned, sampled
@@ -21,16 +22,18 @@ from fisherop.spectrum.moments import eigenvalues, krylov
 from fisherop.spectrum.quadrature import (
     MOST_PROBES,
     N_PROBES,
+    NONE_NEGATIVE,
     SPACE,
-    AtMost,
     Functional,
     Measures,
     Smooth,
     affordable,
+    at_most,
     batch_size,
     check_above,
     checked_steps,
     drawing,
+    finite,
     gauss,
     positive,
     rounding,
@@ -79,7 +82,10 @@ class SpectralDensity:
 
     def count(self, threshold: float) -> Estimate:
         """Return how many eigenvalues are no larger than a threshold, as `fisherop.count` does, without a product."""
-        return self._sum(AtMost(max(threshold, self.floor)), (0, self.n))
+        threshold = finite(threshold)
+        if threshold < 0:
+            return exactly(0.0, self.n_matvec, NONE_NEGATIVE)
+        return self._sum(at_most(threshold, self.floor), (0, self.n))
 
     def logdet(self, mu: float) -> Estimate:
         """Return log det(F + mu I), as `fisherop.logdet` does, without a product."""
@@ -106,8 +112,16 @@ class SpectralDensity:
         value, low, high : ndarray of float64, shape (t,)
             Each interval holds its true value with probability 0.95, not all of them at once. The value rises with the
             threshold.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For thresholds that are not finite numbers in one dimension.
         """
-        found = [self.count(float(threshold)) for threshold in np.asarray(thresholds, dtype=np.float64)]
+        thresholds = real(thresholds, "thresholds").cpu().numpy()
+        if thresholds.ndim != 1:
+            raise ValueError(f"thresholds come in one dimension, not in shape {thresholds.shape}: pass a list of them")
+        found = [self.count(threshold) for threshold in thresholds]
         value, low, high = (np.array([getattr(e, name) for e in found]) for name in ("value", "low", "high"))
         order = np.argsort(thresholds)
         value[order] = np.maximum.accumulate(value[order])
@@ -125,8 +139,13 @@ class SpectralDensity:
         -------
         ndarray of float64, shape (t,)
             Smoothed as far as the nodes of the quadratures are apart.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For edges that are not positive, ascending and two at least.
         """
-        edges = np.asarray(edges, dtype=np.float64)
+        edges = real(edges, "edges").cpu().numpy()
         if edges.ndim != 1 or len(edges) < 2 or not (edges[0] > 0 and (np.diff(edges) > 0).all()):
             raise ValueError("edges of bins must be ascending and positive, two at least")
         if self.eigenvalues is not None:
@@ -138,6 +157,7 @@ class SpectralDensity:
 
     def resolution(self, at: float) -> float:
         """Return how far apart the nodes about an eigenvalue are: nothing finer is resolved. 0 where all are known."""
+        at = number(at, "an eigenvalue")
         if self.measures is None:
             return 0.0
         gaps = []

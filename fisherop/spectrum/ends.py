@@ -13,11 +13,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from fisherop.certificate import DOUBT, outer
 from fisherop.rows import RowOperator
 from fisherop.spectrum.estimate import Estimate, exactly, planned
-from fisherop.spectrum.moments import eigenvalues, exact_products, sphere
+from fisherop.spectrum.moments import check_scale, eigenvalues, exact_products, sphere
 from fisherop.spectrum.quadrature import checked_steps, gauss, lanczos, rounding
 
 STEPS = 60
@@ -38,8 +39,14 @@ def lambda_max(op: Any, *, steps: int | None = None, rng: Any = None) -> Estimat
     Returns
     -------
     Estimate
-        `value` and `low` are a Ritz value, which no largest eigenvalue is below; none is above `high` but with
-        probability 0.001. `standard_error` is NaN, for nothing is known of it. Exact where that costs no more.
+        `value` is a Ritz value, which the largest eigenvalue is not below, and `low` is what rounding leaves of it; it
+        is not above `high` but with probability 0.001. `standard_error` is NaN, for nothing is known of it. Exact where
+        that costs no more.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument that makes no sense.
 
     Examples
     --------
@@ -62,8 +69,13 @@ def lambda_min(op: Any, *, steps: int | None = None, rng: Any = None) -> Estimat
     Returns
     -------
     Estimate
-        `value` and `high` are a Ritz value, which no smallest eigenvalue is above; none is below `low` but with
-        probability 0.001. See `lambda_max`.
+        `value` is a Ritz value, which the smallest eigenvalue is not above but for rounding, which is in `high`; it is
+        not below `low` but with probability 0.001. See `lambda_max`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument that makes no sense.
 
     Examples
     --------
@@ -85,8 +97,14 @@ def condition(op: Any, *, steps: int | None = None, rng: Any = None) -> Estimate
     Returns
     -------
     Estimate
-        `value` and `low` are a ratio of Ritz values, which the true one is not below; it is not above `high` but with
-        probability 0.002. Infinite where the smallest eigenvalue may be, or is, zero to rounding.
+        `value` is a ratio of Ritz values, which the true one is not below but for rounding, which is in `low`; it is
+        not above `high` but with probability 0.002. Infinite where the smallest eigenvalue may be, or is, zero to
+        rounding.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument that makes no sense.
 
     Examples
     --------
@@ -97,9 +115,10 @@ def condition(op: Any, *, steps: int | None = None, rng: Any = None) -> Estimate
     operator = RowOperator(op)
     least, most = _ends(operator, steps, rng)
     floor = rounding(operator, most.value)
-    low = most.low / least.high if least.high > floor else math.inf
+    seen = least.value > floor
+    value, low = (most.value / least.value, most.low / least.high) if seen else (math.inf, math.inf)
     high = most.high / least.low if least.low > floor else math.inf
-    return replace(most, value=low, low=low, high=high)
+    return replace(most, value=value, low=low, high=high)
 
 
 def _ends(op: Any, steps: int | None, rng: Any) -> tuple[Estimate, Estimate]:
@@ -111,14 +130,15 @@ def _ends(op: Any, steps: int | None, rng: Any) -> tuple[Estimate, Estimate]:
         values = eigenvalues(operator)
         return exactly(float(values[0]), operator.n_matvec), exactly(float(values[-1]), operator.n_matvec)
     alpha, beta = lanczos(operator, sphere(operator, 1, plan.rng), most, lambda *_: False)
+    check_scale(operator, float(alpha.max()))
     values = gauss(alpha, beta)[0][0]
-    slack = rounding(operator, float(values[-1]))
-    low, high = float(values[0]) - slack, float(values[-1]) + slack
+    smallest, largest = max(0.0, float(values[0])), max(0.0, float(values[-1]))
+    low, high = smallest, largest
     if beta[0, -1] > 0:
         low, high = -outer(-values[::-1], list(beta[0]), operator.n), outer(values, list(beta[0]), operator.n)
+    blur = 32 * torch.finfo(operator.dtype).eps * largest  # as in the certificate
     words = f"{len(values)} Lanczos steps; the outer bound holds with probability {1 - DOUBT:g}."
-    smallest, largest = max(0.0, float(values[0])), max(0.0, float(values[-1]))
+    end = Estimate(smallest, np.nan, operator.n_matvec, max(0.0, low - blur), smallest + blur, 1, message=words)
     if operator.m is not None and operator.m < operator.n:
-        smallest = low = 0.0
-    end = Estimate(smallest, np.nan, operator.n_matvec, max(0.0, low), smallest, 1, message=words)
-    return end, replace(end, value=largest, low=largest, high=max(high, largest))
+        end = replace(end, value=0.0, low=0.0, high=0.0)
+    return end, replace(end, value=largest, low=max(0.0, largest - blur), high=max(high, largest) + blur)

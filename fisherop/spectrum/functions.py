@@ -21,15 +21,18 @@ from fisherop.spectrum.moments import eigenvalues, exact_products, krylov, parti
 from fisherop.spectrum.quadrature import (
     MOST_PROBES,
     N_PROBES,
+    NONE_NEGATIVE,
     SPACE,
     AtMost,
     Functional,
     Measures,
     Smooth,
+    at_most,
     batch_size,
     check_above,
     checked_steps,
     drawing,
+    finite,
     positive,
     rounding,
     with_steps,
@@ -163,7 +166,8 @@ def count(
     op : FisherOperator, LinearOperator, sparse or dense matrix
         Any n x n symmetric positive semidefinite operator.
     threshold : float
-        In units of F. Where it is below what rounding makes of zero, those that rounding cannot tell from zero count.
+        In units of F. An eigenvalue that rounding cannot tell from it counts as no larger, be it larger or smaller by
+        up to ``4 sqrt(n) eps lambda_max``: that of the threshold itself always counts, and at 0 the null space.
     n_probes, rtol, steps, rng, callback
         As in `logdet`.
 
@@ -185,14 +189,13 @@ def count(
     >>> fo.count(np.diag([3.0, 2.0, 1.0]), 2.5).value
     2.0
     """
-    if not np.isfinite(threshold):
-        raise ValueError(f"threshold must be finite, not {threshold}")
+    threshold = finite(threshold)
     operator = RowOperator(op)
     if threshold < 0:
-        return exactly(0.0, 0, "exact: no eigenvalue is negative.")
+        return exactly(0.0, 0, NONE_NEGATIVE)
 
     def functional(floor: float) -> Functional:
-        return AtMost(max(threshold, floor))
+        return at_most(threshold, floor)
 
     return _summed(operator, functional, n_probes, rtol, steps, rng, callback, within=(0, operator.n))
 
@@ -211,12 +214,17 @@ def nullity(
     Parameters
     ----------
     op, n_probes, rtol, steps, rng, callback
-        As in `count`, for the threshold below which rounding cannot tell an eigenvalue from zero.
+        As in `count`, for a threshold of 0: what rounding cannot tell from zero counts as zero.
 
     Returns
     -------
     Estimate
         Never less than what follows from a response of fewer numbers than the image has.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument that makes no sense.
 
     Examples
     --------
@@ -250,6 +258,11 @@ def rank(
     -------
     Estimate
         Between 0 and n.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument that makes no sense.
 
     Examples
     --------

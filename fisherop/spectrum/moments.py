@@ -24,12 +24,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 import torch
 from torch import Tensor
 
 from fisherop.rows import RowOperator, unit
 from fisherop.solvers import exact as dense
-from fisherop.solvers.contract import BASIS_BYTES, Matrix, Progress, gram, orthonormal, rows_in_memory
+from fisherop.solvers.contract import BASIS_BYTES, Matrix, Progress, gram, orthonormal, rows_in_memory, scale_fault
 from fisherop.spectrum.estimate import (
     Estimate,
     Floats,
@@ -106,8 +107,17 @@ def krylov(
             rest = op.random_rows(1, rng)
         row = orthonormal(rest, basis[: j + 1])
         if not len(row):
-            return replace(space, beyond=0.0)
+            space = replace(space, beyond=0.0)
+            break
+    check_scale(op, space.lambda_max)
     return space
+
+
+def check_scale(op: RowOperator, lambda_max: float) -> None:
+    """Refuse an operator whose products have squares that are zero or infinite."""
+    fault = scale_fault(op.dtype, lambda_max)
+    if fault:
+        raise ValueError(f"nothing can be estimated, for {fault}: rescale the model's response")
 
 
 def worthwhile(op: RowOperator, size: int, rng: np.random.Generator) -> Krylov:
@@ -203,7 +213,10 @@ def trace(
             samples.extend(_forms(operator, sphere(operator, count, plan.rng, space.rows)))
             return len(samples)
 
-        return sampled(operator, plan, draw, lambda: mean_of(np.array(samples), space.trace), words=_words(space))
+        def judge() -> Judged:
+            return mean_of(np.array(samples), space.trace, torch.finfo(operator.dtype).eps)
+
+        return sampled(operator, plan, draw, judge, words=_words(space))
 
     def exact() -> Estimate:
         return exactly(_exact_trace(operator), operator.n_matvec)
@@ -231,6 +244,11 @@ def frobenius_norm(
     Estimate
         Exact, with a standard error of 0, where that costs no more products.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument that makes no sense.
+
     Examples
     --------
     >>> import numpy as np, fisherop as fo
@@ -239,10 +257,10 @@ def frobenius_norm(
     """
 
     def judge(traces: Floats, squares: Floats, space: Krylov) -> Judged:
-        found = mean_of(squares, space.squares)
+        found = mean_of(squares, space.squares, torch.finfo(space.rows.dtype).eps)
         norm = found.value**0.5
-        low, high = max(found.low, space.squares), found.high
-        return Judged(norm, found.standard_error / (2 * norm) if norm else 0.0, low**0.5, high**0.5)
+        error = found.standard_error / (2 * norm) if norm else 0.0
+        return Judged(norm, error, max(0.0, found.low) ** 0.5, found.high**0.5)
 
     return _second_moment(op, n_probes, rtol, rng, callback, lambda trace, norm: norm, judge)
 
@@ -268,6 +286,11 @@ def participation_ratio(
         Exact, with a standard error of 0, where that costs no more products. The interval is Student's for the
         logarithm, by the delta method.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For an argument that makes no sense.
+
     Examples
     --------
     >>> import numpy as np, fisherop as fo
@@ -282,7 +305,8 @@ def participation_ratio(
         influence = 2 * traces / total - squares / norm
         error = float(influence.std(ddof=1) / np.sqrt(len(influence)))
         value = float(total**2 / norm)
-        reach = float(np.exp(critical(0.0, len(traces) - 1) * error + 1e-14))
+        rounding = 64 * torch.finfo(space.rows.dtype).eps
+        reach = float(np.exp(critical(0.0, len(traces) - 1) * error + rounding))
         return Judged(value, value * error, value / reach, value * reach)
 
     def ratio(trace: float, norm: float) -> float:
@@ -305,7 +329,7 @@ def _second_moment(
 
     def exact() -> Estimate:
         values = eigenvalues(operator)
-        return exactly(known(float(values.sum()), float(np.linalg.norm(values))), operator.n_matvec)
+        return exactly(known(float(values.sum()), float(scipy.linalg.norm(values))), operator.n_matvec)
 
     def sample(plan: Plan) -> Estimate:
         space = worthwhile(operator, plan.first, plan.rng)

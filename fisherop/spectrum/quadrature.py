@@ -17,15 +17,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fisherop.maps import whole
+from fisherop.maps import number, whole
 from fisherop.rows import RowOperator, row_norms, unit
-from fisherop.solvers.contract import rows_in_memory
+from fisherop.solvers.contract import least, rows_in_memory
 from fisherop.spectrum.estimate import Estimate, Floats, Judged, Plan, between
 from fisherop.spectrum.moments import Krylov, exact_products, sphere
 
@@ -37,6 +37,7 @@ SPACE = 32
 """Products that go into the Krylov space of the control variate."""
 KNOWN = 0.1
 """Relative residual up to which a Ritz pair takes part in it."""
+NONE_NEGATIVE = "exact: no eigenvalue is negative."
 GAP = 0.1
 """Distance of the bounds of a quadrature, relative to the standard error, at which more steps are of no use."""
 
@@ -81,11 +82,22 @@ class AtMost:
         return (values <= self.threshold).astype(np.float64)
 
     def bounds(self, alpha: Floats, beta: Floats, floor: float, /) -> tuple[Floats, Floats]:
-        """Bound by the rule with a node at the threshold, which counts or does not."""
-        nodes, weights = radau(alpha, beta, np.full(len(alpha), max(self.threshold, floor)))
-        place = np.abs(nodes - max(self.threshold, floor)).argmin(1)[:, None]
-        low = (weights * (np.arange(nodes.shape[1]) < place)).sum(1)
-        return low, low + np.take_along_axis(weights, place, 1)[:, 0]
+        """Bound by the rule with a node at the threshold, which counts or does not, as do those that coincide with it.
+
+        A run that has found an eigenvalue at the threshold has a node there already, and nothing says which of the two
+        got its weight.
+        """
+        at = max(self.threshold, floor, least(torch.float64))  # not at the only node of F = 0
+        nodes, weights = radau(alpha, beta, np.full(len(alpha), at))
+        off = np.abs(nodes - at)
+        open_ = (off <= floor / 2) | (off == off.min(1, keepdims=True))
+        low = (weights * (~open_ & (nodes < at))).sum(1)
+        return low, low + (weights * open_).sum(1)
+
+
+def at_most(threshold: float, floor: float) -> AtMost:
+    """Return what counts the eigenvalues up to a threshold, and those that rounding cannot tell from it."""
+    return AtMost(threshold + floor)
 
 
 def gauss(alpha: Floats, beta: Floats) -> tuple[Floats, Floats]:
@@ -239,11 +251,20 @@ def with_steps(found: Estimate, measures: Measures) -> Estimate:
     return replace(found, message=words)
 
 
-def positive(mu: float) -> float:
+def positive(mu: Any) -> float:
     """Return a level that was given, checked."""
-    if not (np.isfinite(mu) and mu > 0):
-        raise ValueError(f"mu must be positive and finite, for F has null directions, not {mu}")
-    return float(mu)
+    found = number(mu, "mu")
+    if not (math.isfinite(found) and found > 0):
+        raise ValueError(f"mu must be positive and finite, for F has null directions, not {found}")
+    return found
+
+
+def finite(threshold: Any) -> float:
+    """Return a threshold that was given, checked."""
+    found = number(threshold, "threshold")
+    if not math.isfinite(found):
+        raise ValueError(f"threshold must be finite, not {found}")
+    return found
 
 
 def check_above(mu: float, floor: float) -> None:

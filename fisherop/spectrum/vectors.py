@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fisherop.maps import real
 from fisherop.operators import FisherOperator, InformationOperator
 from fisherop.result import Eigendistortions
 from fisherop.rows import RowOperator
@@ -51,6 +52,8 @@ def left_vectors(op: InformationOperator, result: Eigendistortions) -> Any:
     """
     if not isinstance(op, InformationOperator) or op.factor_size is None:
         raise TypeError("left vectors need a FisherOperator whose factor W^(1/2) J is known: give the noise its root")
+    if not isinstance(result, Eigendistortions):
+        raise TypeError(f"left vectors are those of what eigendistortions returned, not of {type(result).__name__}")
     size = int(np.prod(result.eigendistortions.shape[1:]))
     if size != op.image_shape.numel():
         raise ValueError(f"the result has distortions of {size} entries and the operator {op.image_shape.numel()}")
@@ -112,8 +115,8 @@ def subspace_angles(one: Any, other: Any) -> NDArray[np.float64]:
 
     Raises
     ------
-    ValueError
-        For vectors of different length.
+    TypeError, ValueError
+        For what is not made of vectors, and vectors of different length.
 
     References
     ----------
@@ -134,7 +137,7 @@ def subspace_angles(one: Any, other: Any) -> NDArray[np.float64]:
 
 def _columns(given: Any) -> NDArray[np.float64]:
     vectors = given.eigendistortions if isinstance(given, Eigendistortions) else given
-    array = np.asarray(vectors.detach().cpu() if isinstance(vectors, Tensor) else vectors, dtype=np.float64)
+    array = real(vectors, "vectors").cpu().numpy()
     if array.ndim < 2:
         raise ValueError(f"vectors come along the first axis of (k, ...), not in shape {array.shape}")
     return array.reshape(len(array), -1).T
