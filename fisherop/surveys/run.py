@@ -263,7 +263,8 @@ class _Tasks:
         self.sources: dict[str, Any] = dict(grid.models)
         if packs:
             self.sources = {name: packed(source, f"models[{name!r}]") for name, source in grid.models.items()}
-        self.identities = {name: _identity(source) for name, source in self.sources.items()}
+            self.checksums = {name: hashlib.sha256(source).hexdigest() for name, source in self.sources.items()}
+        self.packs = packs
 
     def __call__(self, cell: Cell, losses: int = 0) -> Task:
         """Return the task of a cell whose worker died so many times; raise CellError where its image cannot be read."""
@@ -275,15 +276,20 @@ class _Tasks:
             cell,
             self.settings,
             self.sources[cell.model],
-            f"{cell.model} {self.identities[cell.model]}",
+            self._identity(cell),
             image,
             self.threads,
             f"{self.call} {losses}",
         )
 
+    def _identity(self, cell: Cell) -> str:
+        """Return what tells a cell's model from all that a worker may keep, of whatever survey.
 
-def _identity(source: Any) -> str:
-    return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else f"object {id(source)}"
+        Bytes tell it to later calls as well, but for files that they only name; an object is its name in this call.
+        """
+        if not self.packs:
+            return f"{self.call} {cell.model}"
+        return f"{cell.model_fingerprint} {self.checksums[cell.model]}"
 
 
 def _in_process(cells: list[Cell], task: _Tasks, ledger: _Ledger) -> None:
@@ -298,7 +304,7 @@ def _in_process(cells: list[Cell], task: _Tasks, ledger: _Ledger) -> None:
                     outcome = error
             ledger.finish(cell, outcome)
     finally:
-        forget_models()  # they are known by the identity of objects that may go
+        forget_models(task.call)
 
 
 def _on_executor(cells: list[Cell], task: _Tasks, ledger: _Ledger, given: Executor | Callable[[], Executor]) -> None:
@@ -359,6 +365,7 @@ def _on_executor(cells: list[Cell], task: _Tasks, ledger: _Ledger, given: Execut
     finally:
         if own:
             _shut(executor, wait=sys.exc_info()[0] is None)
+        forget_models(task.call)
 
 
 def _outcome(future: Future[Outcome]) -> Outcome | CellError | BaseException:
