@@ -280,6 +280,115 @@ def test_fingerprint_of_a_module_needs_neither_trees_nor_picklable_attributes():
     assert fingerprint(traced[0]) != fingerprint(traced[1]) == fingerprint(traced[2])
 
 
+FUNCTIONS = """
+import functools, torch, types
+scale, table, _cache = {gain}, [1.0, {gain}], {{}}
+
+def plain(x, power=1):
+    "Any words."
+    return x * {gain}
+
+def helper(x):
+    return [scale * y for y in x]
+
+def calls(x):
+    return helper(x) if x is not calls else None
+
+def closure(gain=scale):
+    def inner(x):
+        return inner and gain * x
+    return inner
+
+class Scaled:
+    gain = 1
+    def __init__(self):
+        self.by = {gain}
+        self.function = plain
+
+functions = {{
+    "instructions": plain, "of a list": lambda x: table[1] * x, "global": lambda x: scale * x, "called": calls,
+    "closure": closure(), "default": lambda x, by=scale: by * x, "keyword": (lambda: lambda x, *, by=scale: by * x)(),
+    "constant": lambda x: 1 if x in ("a", "b", {gain}) else {{"a", "b"}},
+    "method": types.MethodType(lambda self, x: self.by * x, types.SimpleNamespace(by={gain})),
+    "partial": functools.partial(torch.mul, scale), "partial of a function": functools.partial(plain, power=2),
+    "wrapped": functools.wraps(torch.sin)(lambda x: plain(x)), "within": functools.partial(lambda f, x: f(x), plain),
+}}
+holder = Scaled()
+"""
+
+
+def functions(gain: float, above: str = "") -> types.SimpleNamespace:
+    made = {"__name__": "of_a_user"}
+    exec(compile(above + FUNCTIONS.format(gain=gain), "any file", "exec"), made)
+    return types.SimpleNamespace(**made)
+
+
+NAMES = sorted(functions(1.0).functions)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_functions_in_noises_and_modules_are_known_by_what_they_do(name):
+    """Not by where they stand: lines above, and what a cache holds, make no other function of one."""
+    one, same_one, other = functions(2.0), functions(2.0, "\n# a line more\n\n"), functions(3.0)
+    same_one._cache["x"] = 1
+    for place in (fo.noise.Custom, lambda f: Gained(gain=f), lambda f: Gained(gain=[{"f": f}]), lambda f: (f,)):
+        prints = [fingerprint(place(known.functions[name])) for known in (one, same_one, other)]
+        assert prints[0] == prints[1] != prints[2]
+
+
+def test_objects_that_hold_functions_are_known_by_them_and_need_not_be_picklable(monkeypatch):
+    prints = []
+    for gain in (2.0, 2.0, 3.0):
+        made = functions(gain)
+        monkeypatch.setitem(sys.modules, "of_a_user", made)  # a pickle has the class by its name
+        prints.append(fingerprint(made.holder))
+        made.holder.by, made.holder.function = 0, lambda x: x * 2
+        made.holder.function.__code__ = made.plain.__code__
+        prints.append(fingerprint(made.holder))
+    assert prints[:2] == prints[2:4]
+    assert len(set(prints)) == 4
+
+
+def test_fingerprints_of_functions_are_those_of_every_process():
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_survey as t; "
+        "print(*[t.fingerprint((t.functions(2.0).functions[name],)) for name in t.NAMES])"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(fo.__file__).parents[1])},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    assert found == {" ".join(fingerprint((functions(2.0).functions[name],)) for name in NAMES)}
+
+
+def test_functions_of_the_libraries_and_those_that_make_models_are_known_by_their_names():
+    """As in stores that are there already."""
+    assert fingerprint(survey_models.small, named=True) == "ba31ca0527340ef57099a17df963ef26"
+    assert fingerprint(partial(survey_models.small), named=True) == "221d1b3b7d5d36c9f9383d7d046357d9"
+    assert fingerprint(torch.relu) == "67b0618751804db562578b30c5741a8b"
+    assert fingerprint(fo.noise.Gaussian(2.0)) == "d44d2d35147158b2b985536688b1c021"
+    model = Gained(gain=torch.nn.functional.relu, other=partial(np.mean, axis=1))
+    assert fingerprint(model) == "e1669c05d918c2214f8950734072f459"
+
+
+@pytest.mark.parametrize("kind", ["noise", "module"])
+def test_changed_function_is_another_cell(tmp_path, kind):
+    found = []
+    for gain in (1.0, 4.0):
+        function = functions(gain).functions["global"]
+        model = Gained(act=function) if kind == "module" else Gained()
+        noise = fo.noise.Custom(function) if kind == "noise" else None
+        found.append(run(tmp_path, {"m": model}, pictures(1), None, k=1, which="LM", noise=noise))
+    assert len(list(tmp_path.rglob("*.npz"))) == 2
+    assert kind == "module" or found[1].result().lambda_max == pytest.approx(4 * found[0].result().lambda_max)
+
+
 @pytest.mark.parametrize("change", [{"gain": 2.0}, {"mean": torch.full((3, 1, 1), 0.5)}, {"training": False}])
 def test_module_that_differs_beyond_its_weights_is_another_cell(tmp_path, change):
     for attributes in ({}, change):
@@ -702,6 +811,18 @@ def test_whole_spectrum_is_the_dense_one(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- mistakes
 
 
+class Locked:
+    """What no pickle takes: a noise, and a function of an image."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    at = __call__
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -730,6 +851,8 @@ def test_whole_spectrum_is_the_dense_one(tmp_path):
         ({"executor": 3}, "executor must be"),
         ({"threads": 0}, "threads must be"),
         ({"rng": "x"}, "rng must be"),
+        ({"models": {"net": Locked()}}, r"models\['net'\] cannot be told from others .*pickle '_thread.lock' object"),
+        ({"noise": Locked()}, "noise cannot be told from others"),
         ({"rng": -1}, "rng must be"),
     ],
 )

@@ -123,8 +123,8 @@ def survey(
     -----
     The result of a cell depends on neither order nor worker: its seeds come from its names, and the variants of
     convolutions are chosen by a rule, not by a stopwatch. On one kind of processor, with one thread, it is the same to
-    the bit. A cell is known by the content of image, noise and model; a function or a name that makes a model, by that
-    name: give a model another name in the dict when you change what makes it.
+    the bit. A cell is known by the content of image, noise and model; a function or a name that stands for a model or
+    makes one, and the methods of a class, by that name: give a model another name in the dict when you change these.
 
     Examples
     --------
