@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,7 +20,7 @@ import torch
 
 import fisherop as fo
 from fisherop.__main__ import main
-from fisherop.surveys import config
+from fisherop.surveys import config, report
 
 pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
@@ -141,6 +144,77 @@ def test_page_of_failures_alone_and_of_several_settings(tmp_path):
         fo.survey({"m": survey_models.Flaky}, {"x": torch.rand(1, 1, 9, 1)}, store=tmp_path / "two", k=k)
     fo.Survey.open(tmp_path / "two").report(tmp_path / "two.html")
     assert (tmp_path / "two.html").read_text().count("class=group") == 2
+
+
+def figures(monkeypatch) -> list:
+    """Return the list that figures of later pages go to."""
+    drawn: list = []
+    write = report._svg
+    monkeypatch.setattr(report, "_svg", lambda fig: drawn.append(fig) or write(fig))
+    return drawn
+
+
+def scaled(gain: float, x: torch.Tensor) -> torch.Tensor:
+    return gain * torch.sin(x * torch.linspace(0.1, 1, x.shape[-1]))
+
+
+@pytest.mark.parametrize("spectrum", [False, True])
+@pytest.mark.parametrize("order", [1, -1])
+def test_spectra_of_all_models_lie_within_the_axes_and_zeros_move_no_axis(tmp_path, monkeypatch, spectrum, order):
+    gains = {"zero": 0.0, "small": 1e-2, "large": 1e2, "tiny": 1e-9}
+    models = {name: partial(scaled, gain) for name, gain in list(gains.items())[::order]}
+    images = {"x": torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))}
+    survey = fo.survey(models, images, store=tmp_path, spectrum=spectrum, progress=False)
+    drawn = figures(monkeypatch)
+    survey.report(tmp_path / "page.html")
+    panels = dict(zip(models, drawn[1].axes, strict=False))
+    low, high = panels["large"].get_ylim()
+    values = {name: np.concatenate([line.get_ydata() for line in ax.lines]) for name, ax in panels.items()}
+    assert all(((low < values[name]) & (values[name] < high)).all() for name in ("small", "large"))
+    assert (min(map(len, (values["small"], values["large"]))) > 0) & (high < 1e3 * values["large"].max())
+    assert low > 1e-13 * high
+    words = {name: [text.get_text() for text in ax.texts] for name, ax in panels.items()}
+    assert words == {"zero": ["zero"], "tiny": ["below this range"], "small": [], "large": []}
+
+
+def test_page_of_what_notices_nothing_says_zero_and_warns_of_nothing(tmp_path, monkeypatch):
+    images = {"x": torch.rand(1, 1, 8, 8)}
+    for spectrum in (False, True):
+        survey = fo.survey({"m": partial(scaled, 0.0)}, images, store=tmp_path, spectrum=spectrum, progress=False)
+        drawn = figures(monkeypatch)
+        survey.report(tmp_path / "page.html")
+        assert [text.get_text() for fig in drawn for ax in fig.axes for text in ax.texts][-1] == "zero"
+
+
+def shown(page: Path) -> list[np.ndarray]:
+    found = re.findall(r"data:image/png;base64,([^\"]+)", page.read_text())
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")) for data in found]
+
+
+@pytest.mark.parametrize(("gain", "offset"), [(255.0, 0.0), (2.0, -1.0), (0.0, 7.0)])
+def test_image_beyond_0_and_1_is_drawn_in_its_own_range_which_the_page_says(tmp_path, gain, offset):
+    x = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    models = {"m": torch.nn.Conv2d(3, 4, 3)}
+    for name, image in {"unit": x, "own": gain * x + offset}.items():
+        survey = fo.survey(models, {"x": image}, store=tmp_path / name, k=1, which="LM", progress=False)
+        survey.report(tmp_path / f"{name}.html")
+    assert "black is" not in (tmp_path / "unit.html").read_text()
+    assert (
+        f"black is {float((gain * x + offset).min()) - 0.5 * (gain == 0):.3g}, white"
+        in (tmp_path / "own.html").read_text()
+    )
+    [unit, _], [own, _] = shown(tmp_path / "unit.html"), shown(tmp_path / "own.html")
+    assert abs(own.mean() - (unit.mean() if gain else 127.5)) < 10
+
+
+def test_damaged_cell_is_a_line_on_the_page(survey, tmp_path):
+    shutil.copytree(survey.path, tmp_path / "store")
+    victim = sorted((tmp_path / "store").rglob("*.npz"))[0]
+    victim.write_bytes(victim.read_bytes()[:-9])
+    fo.Survey.open(tmp_path / "store").report(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert f"{victim.name} is not as it was written: run the survey again" in text
+    assert len(shown(tmp_path / "page.html")) == 3 * 4
 
 
 # -------------------------------------------------------------------------------------------------------- command line
