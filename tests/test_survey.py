@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import types
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -788,6 +789,74 @@ def test_own_D_is_the_difference_of_log_thresholds_and_cross_D_is_the_threshold_
             np.testing.assert_allclose(own[(image, *a)], np.log(fo.thresholds(results[a])[[0, -1]]) @ [-1, 1])
             for j, b in enumerate(ops):
                 np.testing.assert_allclose(cross[(image, *a, *b)], table.D[i, j], rtol=1e-2)
+
+
+def linear(*weights: float) -> torch.nn.Module:
+    model = torch.nn.Linear(len(weights), len(weights), bias=False).eval()
+    model.weight.data = torch.diag(torch.tensor(weights))
+    return model
+
+
+SPREAD = fo.noise.Gaussian(torch.tensor([4.0, 1.0, 1.0, 0.25]))
+
+
+@pytest.mark.parametrize(
+    ("model", "noise", "words"),
+    [
+        (linear(4.0, 3.0, 2.0, 1.0), None, "^noise must be what the survey was given"),
+        (linear(4.0, 3.0, 2.0, 1.0), fo.noise.Poisson(), "^noise must be"),
+        (linear(1.0, 2.0, 3.0, 4.0), SPREAD, r"^models\['m'\] must be"),
+        (linear(1.0, 2.0, 3.0, 4.0), None, r"^noise and models\['m'\] must be"),
+    ],
+)
+def test_comparison_refuses_a_model_or_a_noise_that_is_not_the_surveys(tmp_path, model, noise, words):
+    arguments = {"images": {"x": picture(0, (4,))}, "layers": None, "noise": SPREAD}
+    survey = run(tmp_path, {"m": linear(4.0, 3.0, 2.0, 1.0)}, **arguments)
+    assert np.isfinite(survey.compare({"m": linear(4.0, 3.0, 2.0, 1.0)}, noise=SPREAD).D.D).all()
+    with pytest.raises(ValueError, match=words):
+        survey.compare({"m": model}, noise=noise)
+
+
+def test_comparison_takes_what_computes_the_same_under_another_name(tmp_path):
+    survey = run(tmp_path, {"m": "survey_models:small", "f": "torch.nn.functional:silu"}, pictures(1), None)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_of(0, "m"))
+        same_one = torch.nn.Sequential(*survey_models.small().eval())
+    own = survey.compare({"m": "survey_models:small", "f": "torch.nn.functional:silu"}, noise=fo.noise.Gaussian()).D
+    other = survey.compare({"m": same_one, "f": torch.nn.functional.silu}).D
+    assert own.equals(other)
+
+
+def test_D_of_a_cell_for_itself_is_that_of_its_certificate(tmp_path):
+    """Rounding leaves something where the certificate says zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        parts = torch.nn.Conv2d(3, 8, 7), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 5, stride=2)
+        models = {"net": torch.nn.Sequential(*parts).eval(), "small": survey_models.small().eval()}
+    survey = run(tmp_path, models, {"x": picture(0, (1, 3, 32, 32))}, None)
+    own = survey.compare().D
+    cross = survey.compare(models).D
+    assert np.isinf(own.D).any()
+    diagonal = cross[(cross.model == cross.of_model) & (cross.layer == cross.of_layer)]
+    np.testing.assert_array_equal(diagonal.D, own.D)
+
+
+def test_layer_called_output_is_not_the_models_own_response(tmp_path):
+    parts = {"output": linear(3.0, 1.0, 1.0, 2.0), "head": linear(1.0, 5.0, 1.0, 1.0)}
+    models = {"m": torch.nn.Sequential(OrderedDict(parts)).eval()}
+    arguments = {"models": models, "images": {"x": picture(0, (4,))}}
+    together = run(tmp_path / "one", **arguments, layers=[None, "output", "head"])
+    for layer in ("output", None):
+        apart = run(tmp_path / "two", **arguments, layers=[layer])
+        assert len(apart) == 1
+    for survey in (together, fo.Survey.open(tmp_path / "one"), fo.Survey.open(tmp_path / "two")):
+        assert {record.layer for record in survey.records} >= {"output", "output (layer)"}
+        values = [survey.result(layer=layer).eigenvalues for layer in ("output", "output (layer)")]
+        np.testing.assert_allclose(values, [[25.0, 1.0], [9.0, 1.0]], rtol=1e-5)
+        D = survey.compare(models).D
+        own = D[D.layer == D.of_layer].set_index("layer").D
+        np.testing.assert_allclose(own[["output", "output (layer)"]], np.log([5.0, 3.0]), rtol=1e-5)
+    assert together.layers == ("output (layer)", "head", "output")
 
 
 def test_angles_are_those_of_scipy_and_curves_average_over_images(tmp_path):

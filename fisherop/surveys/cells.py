@@ -39,6 +39,9 @@ from fisherop.rows import generator
 OUTPUT = "output"
 """The name, among layers, of a model's own response."""
 
+CALLED_OUTPUT = "output (layer)"
+"""The name of a layer that a model itself calls so."""
+
 MODEL_FILES = (".pt", ".pth", ".pt2")
 
 
@@ -69,7 +72,7 @@ class Cell:
     Attributes
     ----------
     image, layer, model : str
-        Names; the layer's is `OUTPUT` for the model's own response.
+        Names; the layer's is `OUTPUT` for the model's own response, and `CALLED_OUTPUT` for a layer of that name.
     reach : str, int or None
         The layer as `Layer` takes it; None for the model's own response.
     key : str
@@ -169,10 +172,14 @@ def _layers_of(model: str, layers: Any) -> dict[str, str | int | None]:
     if layers is not None and (isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable)):
         raise TypeError(f"layers must be a list of layers, or a dict of such lists for models, not {layers!r}")
     listed = [None] if layers is None else [_plain_layer(layer) for layer in layers]
-    labels = {OUTPUT if layer is None else str(layer): layer for layer in listed}
+    labels = {_label(layer): layer for layer in listed}
     if not listed or len(labels) != len(listed):
         raise ValueError(f"layers of {model!r} must be one or more, each named once, not {listed}")
     return labels
+
+
+def _label(layer: str | int | None) -> str:
+    return {None: OUTPUT, OUTPUT: CALLED_OUTPUT}.get(layer, str(layer))  # type: ignore[arg-type]
 
 
 def _plain_layer(layer: Any) -> str | int | None:
@@ -214,6 +221,11 @@ def build(source: Any, seed: int) -> tuple[Callable[[Tensor], Any], str | None]:
     else:
         return source, None
     return (model.eval() if isinstance(model, nn.Module) and not _is_model_file(source) else model), note
+
+
+def weights_of(model: Any, source: str) -> str:
+    """Return the fingerprint of a model that was built, or, where that is no Module, of what it was built from."""
+    return fingerprint(model) if isinstance(model, nn.Module) else source
 
 
 def _is_model_file(source: Any) -> bool:

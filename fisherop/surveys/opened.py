@@ -503,6 +503,11 @@ class Survey:
         -------
         Comparison
             With the tables ``D``, ``angles`` and ``curves``.
+
+        Raises
+        ------
+        ValueError
+            Where cells have different settings, and where models or noise are other than those of the survey.
         """
         from fisherop.surveys.comparison import compare
 

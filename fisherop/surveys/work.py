@@ -31,7 +31,7 @@ from fisherop.operators import FisherOperator
 from fisherop.rows import RowOperator
 from fisherop.solvers import exact
 from fisherop.spectrum.moments import eigenvalues
-from fisherop.surveys.cells import Cell, Settings, build, fingerprint, seed_of
+from fisherop.surveys.cells import Cell, Settings, build, seed_of, weights_of
 
 TUNING = {"block": 8, "others": "cheapest"}
 """How products are computed, by rules: an operator that measures what is fastest rounds otherwise the next time."""
@@ -197,7 +197,7 @@ def _kept_model(task: Task, seed: int) -> _Kept:
     kept = _models.pop(key, None)  # in one step, for another thread may forget it
     if kept is None:
         model, note = build(_unpacked(task.source), seed)
-        kept = model, fingerprint(model) if isinstance(model, nn.Module) else task.cell.model_fingerprint, note
+        kept = model, weights_of(model, task.cell.model_fingerprint), note
     _models[key] = kept
     for old in list(_models)[:-MODELS_KEPT]:
         _models.pop(old, None)
