@@ -503,6 +503,19 @@ def test_image_that_raises_anything_fails_alone_with_its_reason(tmp_path, monkey
         assert len(list(store.rglob("*.json"))) == 4
 
 
+def leave(*_) -> None:
+    sys.exit("it leaves")
+
+
+@pytest.mark.parametrize("executor", [None, partial(ThreadPoolExecutor, 1), ThreadPoolExecutor(1)])
+def test_models_and_images_that_leave_fail_alone(tmp_path, executor):
+    models = {"leaves": leave, "builds none": partial(leave), "small": survey_models.small}
+    images = {"none": partial(leave)} | pictures(1)
+    survey = run(tmp_path, models, images, None, executor=executor)
+    assert [record.name for record in survey.records if record.done] == [("image 0", "output", "small")]
+    assert {(failure.error, failure.message) for failure in survey.failures()} == {("SystemExit", "it leaves")}
+
+
 @pytest.mark.parametrize(
     "damage", ["flipped", "cut", "gone", "sidecar flipped", "sidecar cut", "sidecar empty", "folder", "sidecar folder"]
 )
@@ -926,6 +939,10 @@ class Locked:
         ({"layers": [1.5]}, "a layer is a name, a number"),
         ({"layers": {"small": 0}}, "layers must be a list"),
         ({"noise": 3}, "noise must be"),
+        ({"noise": fo.noise.Poisson}, "noise must be one of fisherop.noise, made with its arguments"),
+        ({"rng": True}, "rng must be a whole number"),
+        ({"store": None}, "store must be the path of a folder, not None"),
+        ({"store": ""}, "store must be the path of a folder, not ''"),
         ({"executor": 3}, "executor must be"),
         ({"threads": 0}, "threads must be"),
         ({"rng": "x"}, "rng must be"),
@@ -935,9 +952,9 @@ class Locked:
     ],
 )
 def test_mistake_is_told_before_anything_is_written(tmp_path, change, words):
-    arguments = {"models": MODELS, "images": pictures(1), "layers": None} | change
+    arguments = {"models": MODELS, "images": pictures(1), "layers": None, "store": tmp_path / "store"} | change
     with pytest.raises((TypeError, ValueError), match=words):
-        run(tmp_path / "store", **arguments)
+        run(**arguments)
     assert not (tmp_path / "store").exists()
 
 

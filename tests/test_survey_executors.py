@@ -324,6 +324,27 @@ def test_function_that_makes_the_same_broken_executor_again_is_told(tmp_path):
         run(tmp_path, {"slow": survey_models.Slow}, pictures(12), None, executor=lambda: None)
 
 
+@pytest.mark.parametrize("count", [0, None])
+def test_executor_that_does_not_say_how_many_workers_it_has_is_used(tmp_path, count):
+    executor = Treacherous()
+    executor._max_workers = count
+    assert len(run(tmp_path, {"slow": survey_models.Slow}, {"x": torch.rand(1, 3, 9, 9)}, None, executor=executor)) == 1
+
+
+class Leaving(Executor):
+    """Hands on that its worker leaves."""
+
+    def submit(self, fn, /, *args):
+        future: Future = Future()
+        future.set_exception(SystemExit(7))
+        return future
+
+
+def test_worker_that_leaves_is_a_failure_of_its_cell(tmp_path):
+    survey = run(tmp_path, {"slow": survey_models.Slow}, None, None, executor=Leaving())
+    assert [(failure.error, failure.message) for failure in survey.failures()] == [("SystemExit", "7")] * 2
+
+
 class Murderous(Executor):
     """Breaks whenever it is given one of two cells."""
 

@@ -7,8 +7,10 @@ import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -259,6 +261,8 @@ def test_command_computes_a_survey_resumes_it_and_reports(folder, capsys):
         (("k = 2", 'k = 2\nspectrum = "yes"'), "spectrum must be true or false, not 'yes'"),
         (("k = 2", 'k = "2"'), "k must be a whole number"),
         (("k = 2", "seed = true"), "seed must be a whole number"),
+        (("k = 2", "seed = -1"), "seed must be at least 0, not -1"),
+        (('store = "runs"', 'store = ""'), "store must name a folder"),
         (("size = 12", 'size = "12"'), "images.size must be a whole number"),
         (("size = 12", "size = 0"), "images.size is in pixels"),
         (("size = 12", 'dtype = ["float32"]'), "images.dtype must be text"),
@@ -285,6 +289,67 @@ def test_mistake_in_the_file_is_one_sentence(folder, capsys, change, words):
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
+
+
+PARENT = """
+import os, time
+from fisherop.surveys import config
+if __name__ == "__main__":
+    with config.executor({"workers": 2}) as make:
+        print(make().submit(os.getpid).result(), flush=True)
+        time.sleep(600)
+"""
+
+
+def test_workers_end_with_a_parent_that_was_killed(tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    environment = os.environ | {"PYTHONPATH": str(Path(fo.__file__).parents[1])}
+    command = [sys.executable, "-W", "ignore", str(tmp_path / "parent.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    try:
+        end = time.monotonic() + 30
+        while alive(worker):
+            assert time.monotonic() < end, "it lives on"
+            time.sleep(0.05)
+    finally:
+        if alive(worker):
+            os.kill(worker, signal.SIGKILL)
+
+
+def alive(pid: int) -> bool:
+    """Tell of a process that it has not ended, if perhaps not been buried."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("report runs --pictures -1", "pictures must be at least 0, not -1"),
+        ("report runs --out .", ".: a page is written to a file, and this is a folder"),
+        ("report runs --out runs", "runs: a page is written to a file, and this is a folder"),
+        ("report runs --out nothing/page.html", "nothing/page.html: No such file or directory"),
+        ("report runs --out config.toml/page.html", "config.toml/page.html: Not a directory"),
+        ("survey config.toml --workers -1", "--workers must be at least 0, not -1"),
+    ],
+)
+def test_mistake_in_the_call_is_one_sentence_and_leaves_nothing_behind(folder, capsys, arguments, words):
+    fo.survey({"m": survey_models.small}, {"x": torch.rand(1, 3, 12, 12)}, store="runs", progress=False)
+    before = sorted(folder.rglob("*"))
+    assert main(arguments.split()) == 2
+    assert capsys.readouterr().err == f"fisherop: {words}\n"
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_page_that_cannot_be_put_in_place_leaves_nothing_behind(survey, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device", "x")))
+    with pytest.raises(OSError, match=r"No space left on device: '.*page.html'"):
+        survey.report(tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
 
 
 def test_file_that_is_no_text_is_one_sentence(folder, capsys):

@@ -145,7 +145,7 @@ class Grid:
     def _image_fingerprint(self, name: str) -> str:
         try:
             return fingerprint(self.image(name))
-        except Exception as error:  # Pillow's are of many kinds: its cells will fail, and be recorded
+        except (Exception, SystemExit) as error:  # Pillow's are of many kinds: its cells will fail, and be recorded
             return f"unreadable: {fingerprint(str(error))}"
 
 
@@ -482,7 +482,9 @@ def _file_digest(path: Any) -> bytes:
 
 def root_seed(rng: Any) -> int:
     """Return the number that all seeds of a survey come from: 0 for None, for else a rerun would find nothing."""
-    if rng is None or (isinstance(rng, (int, np.integer)) and not isinstance(rng, bool)):
+    if isinstance(rng, (bool, np.bool_)):
+        raise TypeError(f"rng must be a whole number or a numpy.random.Generator, not {rng}")
+    if rng is None or isinstance(rng, (int, np.integer)):
         if rng is not None and rng < 0:
             raise ValueError(f"rng must be a whole number of at least 0, not {rng}")
         return int(rng or 0)

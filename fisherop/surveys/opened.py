@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fisherop.maps import whole
 from fisherop.result import Eigendistortions
 from fisherop.surveys.cells import OUTPUT
 from fisherop.surveys.store import DONE, Damaged, Sidecar, Store
@@ -524,10 +525,15 @@ class Survey:
             By default the store's name.
         pictures : int, optional
             How many of the images are shown with their distortions.
+
+        Raises
+        ------
+        OSError
+            Where the file cannot be written.
         """
         from fisherop.surveys.report import write
 
-        write(self, Path(path), title or f"Survey {self.path.name}", pictures)
+        write(self, Path(path), title or f"Survey {self.path.name}", whole(pictures, "pictures", 0))
 
     def _checked(self) -> Survey:
         """Warn of models whose cells were computed with different weights."""

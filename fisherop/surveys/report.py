@@ -8,6 +8,7 @@ Pictures are PNG at the image's own resolution, magnified by the browser without
 from __future__ import annotations
 
 import base64
+import errno
 import html
 import io
 import json
@@ -17,6 +18,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -49,6 +51,8 @@ SHOWN = 160
 
 def write(survey: Survey, path: Path, title: str, pictures: int) -> None:
     """Write the page, whole or not at all."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a page is written to a file, and this is a folder", str(path))
     sections = [_summary(survey), *_by_settings(survey, pictures), _failures(survey)]
     page = Template(PAGE).substitute(
         title=html.escape(title),
@@ -56,8 +60,14 @@ def write(survey: Survey, path: Path, title: str, pictures: int) -> None:
         body="\n".join(section for section in sections if section),
     )
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.write_text(page, encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, path)
+    try:
+        partial.write_text(page, encoding="utf-8", errors="backslashreplace")
+        os.replace(partial, path)
+    except OSError as error:  # which would name a file that nobody asked for
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _by_settings(survey: Survey, pictures: int) -> Iterator[str]:

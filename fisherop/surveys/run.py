@@ -25,7 +25,7 @@ import numpy as np
 
 from fisherop.eigen import WHICH
 from fisherop.maps import whole
-from fisherop.noise import Noise
+from fisherop.noise import Noise, checked_noise
 from fisherop.solvers import BACKENDS
 from fisherop.solvers.contract import tolerance
 from fisherop.surveys.cells import Cell, Grid, Settings, packed, root_seed
@@ -165,8 +165,7 @@ def _checked_settings(
         raise ValueError(f"which must be one of {', '.join(WHICH)}, not {which!r}")
     if method not in ("auto", *BACKENDS):
         raise ValueError(f"method must be one of auto, {', '.join(BACKENDS)}, not {method!r}")
-    if noise is not None and not hasattr(noise, "at"):
-        raise TypeError(f"noise must be one of fisherop.noise, not {type(noise).__name__}")
+    checked_noise(noise)
     if not isinstance(spectrum, (bool, np.bool_)):
         raise TypeError(f"spectrum must be True or False, not {spectrum!r}")
     return Settings(
@@ -270,7 +269,7 @@ class _Tasks:
         """Return the task of a cell whose worker died so many times; raise CellError where its image cannot be read."""
         try:
             image = self.grid.image(cell.image)
-        except Exception as error:  # files and functions may raise anything
+        except (Exception, SystemExit) as error:  # files and functions may raise anything
             raise CellError.of(error) from None
         return Task(
             cell,
@@ -318,7 +317,7 @@ def _on_executor(cells: list[Cell], task: _Tasks, ledger: _Ledger, given: Execut
     try:
         while waiting or flying:
             broken: BaseException | None = None
-            while waiting and not broken and len(flying) < 2 * getattr(executor, "_max_workers", UNKNOWN_WORKERS):
+            while waiting and not broken and len(flying) < 2 * _workers(executor):
                 cell = waiting.popleft()
                 try:
                     if ledger.store.is_done(cell.key):
@@ -368,6 +367,12 @@ def _on_executor(cells: list[Cell], task: _Tasks, ledger: _Ledger, given: Execut
         forget_models(task.call)
 
 
+def _workers(executor: Executor) -> int:
+    """Return how many workers an executor has; many, where it does not say or has none yet."""
+    count: int = getattr(executor, "_max_workers", None) or UNKNOWN_WORKERS
+    return count
+
+
 def _outcome(future: Future[Outcome]) -> Outcome | CellError | BaseException:
     """Return what a cell came to, or the death of its worker."""
     try:
@@ -376,7 +381,7 @@ def _outcome(future: Future[Outcome]) -> Outcome | CellError | BaseException:
         return error
     except (BrokenExecutor, CancelledError) as error:
         return error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # Dask's word for a task whose workers died; a class that need not be installed.
         return error if type(error).__name__ == "KilledWorker" else CellError.of(error)
 

@@ -44,6 +44,8 @@ class Store:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+            raise TypeError(f"store must be the path of a folder, not {path!r}")
         self.path = Path(path)
         self.cells = self.path / "cells"
         if self.path.exists() and not self.path.is_dir():

@@ -114,7 +114,7 @@ def compute(task: Task) -> Outcome:
         try:
             settings = _unpacked(task.settings)
             return _computed(task, settings)
-        except Exception as error:  # a model may raise anything
+        except (Exception, SystemExit) as error:  # a model may raise anything, and leave
             raise CellError.of(error) from None
 
 
