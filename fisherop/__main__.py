@@ -238,6 +238,8 @@ def _survey(options: argparse.Namespace) -> int:
     _need_matplotlib()
     arguments, run = config.read(options.config)
     if options.workers is not None:
+        if options.workers < 0:
+            raise ValueError(f"--workers must be at least 0, not {options.workers}")
         run = {"workers": options.workers}
     sys.path.insert(0, os.getcwd())  # for models of the user's own
     try:

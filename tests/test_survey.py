@@ -16,7 +16,9 @@ import sys
 import threading
 import time
 import types
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -280,6 +282,115 @@ def test_fingerprint_of_a_module_needs_neither_trees_nor_picklable_attributes():
     assert fingerprint(traced[0]) != fingerprint(traced[1]) == fingerprint(traced[2])
 
 
+FUNCTIONS = """
+import functools, torch, types
+scale, table, _cache = {gain}, [1.0, {gain}], {{}}
+
+def plain(x, power=1):
+    "Any words."
+    return x * {gain}
+
+def helper(x):
+    return [scale * y for y in x]
+
+def calls(x):
+    return helper(x) if x is not calls else None
+
+def closure(gain=scale):
+    def inner(x):
+        return inner and gain * x
+    return inner
+
+class Scaled:
+    gain = 1
+    def __init__(self):
+        self.by = {gain}
+        self.function = plain
+
+functions = {{
+    "instructions": plain, "of a list": lambda x: table[1] * x, "global": lambda x: scale * x, "called": calls,
+    "closure": closure(), "default": lambda x, by=scale: by * x, "keyword": (lambda: lambda x, *, by=scale: by * x)(),
+    "constant": lambda x: 1 if x in ("a", "b", {gain}) else {{"a", "b"}},
+    "method": types.MethodType(lambda self, x: self.by * x, types.SimpleNamespace(by={gain})),
+    "partial": functools.partial(torch.mul, scale), "partial of a function": functools.partial(plain, power=2),
+    "wrapped": functools.wraps(torch.sin)(lambda x: plain(x)), "within": functools.partial(lambda f, x: f(x), plain),
+}}
+holder = Scaled()
+"""
+
+
+def functions(gain: float, above: str = "") -> types.SimpleNamespace:
+    made = {"__name__": "of_a_user"}
+    exec(compile(above + FUNCTIONS.format(gain=gain), "any file", "exec"), made)
+    return types.SimpleNamespace(**made)
+
+
+NAMES = sorted(functions(1.0).functions)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_functions_in_noises_and_modules_are_known_by_what_they_do(name):
+    """Not by where they stand: lines above, and what a cache holds, make no other function of one."""
+    one, same_one, other = functions(2.0), functions(2.0, "\n# a line more\n\n"), functions(3.0)
+    same_one._cache["x"] = 1
+    for place in (fo.noise.Custom, lambda f: Gained(gain=f), lambda f: Gained(gain=[{"f": f}]), lambda f: (f,)):
+        prints = [fingerprint(place(known.functions[name])) for known in (one, same_one, other)]
+        assert prints[0] == prints[1] != prints[2]
+
+
+def test_objects_that_hold_functions_are_known_by_them_and_need_not_be_picklable(monkeypatch):
+    prints = []
+    for gain in (2.0, 2.0, 3.0):
+        made = functions(gain)
+        monkeypatch.setitem(sys.modules, "of_a_user", made)  # a pickle has the class by its name
+        prints.append(fingerprint(made.holder))
+        made.holder.by, made.holder.function = 0, lambda x: x * 2
+        made.holder.function.__code__ = made.plain.__code__
+        prints.append(fingerprint(made.holder))
+    assert prints[:2] == prints[2:4]
+    assert len(set(prints)) == 4
+
+
+def test_fingerprints_of_functions_are_those_of_every_process():
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_survey as t; "
+        "print(*[t.fingerprint((t.functions(2.0).functions[name],)) for name in t.NAMES])"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(fo.__file__).parents[1])},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    assert found == {" ".join(fingerprint((functions(2.0).functions[name],)) for name in NAMES)}
+
+
+def test_functions_of_the_libraries_and_those_that_make_models_are_known_by_their_names():
+    """As in stores that are there already."""
+    assert fingerprint(survey_models.small, named=True) == "ba31ca0527340ef57099a17df963ef26"
+    assert fingerprint(partial(survey_models.small), named=True) == "221d1b3b7d5d36c9f9383d7d046357d9"
+    assert fingerprint(torch.relu) == "67b0618751804db562578b30c5741a8b"
+    assert fingerprint(fo.noise.Gaussian(2.0)) == "d44d2d35147158b2b985536688b1c021"
+    model = Gained(gain=torch.nn.functional.relu, other=partial(np.mean, axis=1))
+    assert fingerprint(model) == "e1669c05d918c2214f8950734072f459"
+
+
+@pytest.mark.parametrize("kind", ["noise", "module"])
+def test_changed_function_is_another_cell(tmp_path, kind):
+    found = []
+    for gain in (1.0, 4.0):
+        function = functions(gain).functions["global"]
+        model = Gained(act=function) if kind == "module" else Gained()
+        noise = fo.noise.Custom(function) if kind == "noise" else None
+        found.append(run(tmp_path, {"m": model}, pictures(1), None, k=1, which="LM", noise=noise))
+    assert len(list(tmp_path.rglob("*.npz"))) == 2
+    assert kind == "module" or found[1].result().lambda_max == pytest.approx(4 * found[0].result().lambda_max)
+
+
 @pytest.mark.parametrize("change", [{"gain": 2.0}, {"mean": torch.full((3, 1, 1), 0.5)}, {"training": False}])
 def test_module_that_differs_beyond_its_weights_is_another_cell(tmp_path, change):
     for attributes in ({}, change):
@@ -392,6 +503,19 @@ def test_image_that_raises_anything_fails_alone_with_its_reason(tmp_path, monkey
         assert len(list(store.rglob("*.json"))) == 4
 
 
+def leave(*_) -> None:
+    sys.exit("it leaves")
+
+
+@pytest.mark.parametrize("executor", [None, partial(ThreadPoolExecutor, 1), ThreadPoolExecutor(1)])
+def test_models_and_images_that_leave_fail_alone(tmp_path, executor):
+    models = {"leaves": leave, "builds none": partial(leave), "small": survey_models.small}
+    images = {"none": partial(leave)} | pictures(1)
+    survey = run(tmp_path, models, images, None, executor=executor)
+    assert [record.name for record in survey.records if record.done] == [("image 0", "output", "small")]
+    assert {(failure.error, failure.message) for failure in survey.failures()} == {("SystemExit", "it leaves")}
+
+
 @pytest.mark.parametrize(
     "damage", ["flipped", "cut", "gone", "sidecar flipped", "sidecar cut", "sidecar empty", "folder", "sidecar folder"]
 )
@@ -409,7 +533,9 @@ def test_damaged_cell_is_set_aside_and_computed_again(tmp_path, damage):
         (victim / "inside").touch()
     else:
         victim.write_bytes({"flipped": content, "cut": content[:100], "empty": b""}[damage.split()[-1]])
-    opened = fo.Survey.open(tmp_path)
+    told = pytest.warns(UserWarning, match="1 of the cells of .* run the survey again")
+    with told if "sidecar" in damage else nullcontext():
+        opened = fo.Survey.open(tmp_path)
     with pytest.raises(ValueError, match="run the survey again"):
         [whole.read(record) for record in whole.records]
     if "sidecar" in damage:
@@ -625,6 +751,12 @@ def test_arrays_are_labelled_and_missing_cells_are_told(tmp_path):
     assert data.attrs["k"] == 2
 
 
+def test_own_response_is_the_last_layer_whatever_other_models_have(tmp_path):
+    models = {"deep": survey_models.small, "shallow": survey_models.Slow}
+    survey = run(tmp_path, models, pictures(1), {"deep": ["0", "1", "2"]}, k=1, which="LM")
+    assert survey.layers == ("0", "1", "2", "output")
+
+
 def test_settings_that_differ_must_be_chosen_from(tmp_path):
     run(tmp_path, k=2)
     run(tmp_path, k=3)
@@ -672,6 +804,74 @@ def test_own_D_is_the_difference_of_log_thresholds_and_cross_D_is_the_threshold_
                 np.testing.assert_allclose(cross[(image, *a, *b)], table.D[i, j], rtol=1e-2)
 
 
+def linear(*weights: float) -> torch.nn.Module:
+    model = torch.nn.Linear(len(weights), len(weights), bias=False).eval()
+    model.weight.data = torch.diag(torch.tensor(weights))
+    return model
+
+
+SPREAD = fo.noise.Gaussian(torch.tensor([4.0, 1.0, 1.0, 0.25]))
+
+
+@pytest.mark.parametrize(
+    ("model", "noise", "words"),
+    [
+        (linear(4.0, 3.0, 2.0, 1.0), None, "^noise must be what the survey was given"),
+        (linear(4.0, 3.0, 2.0, 1.0), fo.noise.Poisson(), "^noise must be"),
+        (linear(1.0, 2.0, 3.0, 4.0), SPREAD, r"^models\['m'\] must be"),
+        (linear(1.0, 2.0, 3.0, 4.0), None, r"^noise and models\['m'\] must be"),
+    ],
+)
+def test_comparison_refuses_a_model_or_a_noise_that_is_not_the_surveys(tmp_path, model, noise, words):
+    arguments = {"images": {"x": picture(0, (4,))}, "layers": None, "noise": SPREAD}
+    survey = run(tmp_path, {"m": linear(4.0, 3.0, 2.0, 1.0)}, **arguments)
+    assert np.isfinite(survey.compare({"m": linear(4.0, 3.0, 2.0, 1.0)}, noise=SPREAD).D.D).all()
+    with pytest.raises(ValueError, match=words):
+        survey.compare({"m": model}, noise=noise)
+
+
+def test_comparison_takes_what_computes_the_same_under_another_name(tmp_path):
+    survey = run(tmp_path, {"m": "survey_models:small", "f": "torch.nn.functional:silu"}, pictures(1), None)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_of(0, "m"))
+        same_one = torch.nn.Sequential(*survey_models.small().eval())
+    own = survey.compare({"m": "survey_models:small", "f": "torch.nn.functional:silu"}, noise=fo.noise.Gaussian()).D
+    other = survey.compare({"m": same_one, "f": torch.nn.functional.silu}).D
+    assert own.equals(other)
+
+
+def test_D_of_a_cell_for_itself_is_that_of_its_certificate(tmp_path):
+    """Rounding leaves something where the certificate says zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        parts = torch.nn.Conv2d(3, 8, 7), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 5, stride=2)
+        models = {"net": torch.nn.Sequential(*parts).eval(), "small": survey_models.small().eval()}
+    survey = run(tmp_path, models, {"x": picture(0, (1, 3, 32, 32))}, None)
+    own = survey.compare().D
+    cross = survey.compare(models).D
+    assert np.isinf(own.D).any()
+    diagonal = cross[(cross.model == cross.of_model) & (cross.layer == cross.of_layer)]
+    np.testing.assert_array_equal(diagonal.D, own.D)
+
+
+def test_layer_called_output_is_not_the_models_own_response(tmp_path):
+    parts = {"output": linear(3.0, 1.0, 1.0, 2.0), "head": linear(1.0, 5.0, 1.0, 1.0)}
+    models = {"m": torch.nn.Sequential(OrderedDict(parts)).eval()}
+    arguments = {"models": models, "images": {"x": picture(0, (4,))}}
+    together = run(tmp_path / "one", **arguments, layers=[None, "output", "head"])
+    for layer in ("output", None):
+        apart = run(tmp_path / "two", **arguments, layers=[layer])
+        assert len(apart) == 1
+    for survey in (together, fo.Survey.open(tmp_path / "one"), fo.Survey.open(tmp_path / "two")):
+        assert {record.layer for record in survey.records} >= {"output", "output (layer)"}
+        values = [survey.result(layer=layer).eigenvalues for layer in ("output", "output (layer)")]
+        np.testing.assert_allclose(values, [[25.0, 1.0], [9.0, 1.0]], rtol=1e-5)
+        D = survey.compare(models).D
+        own = D[D.layer == D.of_layer].set_index("layer").D
+        np.testing.assert_allclose(own[["output", "output (layer)"]], np.log([5.0, 3.0]), rtol=1e-5)
+    assert together.layers == ("output (layer)", "head", "output")
+
+
 def test_angles_are_those_of_scipy_and_curves_average_over_images(tmp_path):
     from scipy.linalg import subspace_angles
 
@@ -702,6 +902,18 @@ def test_whole_spectrum_is_the_dense_one(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- mistakes
 
 
+class Locked:
+    """What no pickle takes: a noise, and a function of an image."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    at = __call__
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -727,16 +939,22 @@ def test_whole_spectrum_is_the_dense_one(tmp_path):
         ({"layers": [1.5]}, "a layer is a name, a number"),
         ({"layers": {"small": 0}}, "layers must be a list"),
         ({"noise": 3}, "noise must be"),
+        ({"noise": fo.noise.Poisson}, "noise must be one of fisherop.noise, made with its arguments"),
+        ({"rng": True}, "rng must be a whole number"),
+        ({"store": None}, "store must be the path of a folder, not None"),
+        ({"store": ""}, "store must be the path of a folder, not ''"),
         ({"executor": 3}, "executor must be"),
         ({"threads": 0}, "threads must be"),
         ({"rng": "x"}, "rng must be"),
+        ({"models": {"net": Locked()}}, r"models\['net'\] cannot be told from others .*pickle '_thread.lock' object"),
+        ({"noise": Locked()}, "noise cannot be told from others"),
         ({"rng": -1}, "rng must be"),
     ],
 )
 def test_mistake_is_told_before_anything_is_written(tmp_path, change, words):
-    arguments = {"models": MODELS, "images": pictures(1), "layers": None} | change
+    arguments = {"models": MODELS, "images": pictures(1), "layers": None, "store": tmp_path / "store"} | change
     with pytest.raises((TypeError, ValueError), match=words):
-        run(tmp_path / "store", **arguments)
+        run(**arguments)
     assert not (tmp_path / "store").exists()
 
 

@@ -18,6 +18,7 @@ import survey_models
 import torch
 
 import fisherop as fo
+from fisherop.surveys import work
 from fisherop.surveys.run import MOST_LOSSES, MOST_RENEWALS
 
 pytest.importorskip("pandas")
@@ -125,6 +126,49 @@ def test_dask_retries_what_raises(tmp_path, cluster):
 def test_threads_give_the_same_bits(tmp_path, expected):
     with ThreadPoolExecutor(3) as pool:
         assert_same(run(tmp_path, executor=pool), expected)
+
+
+def scaled(gain: float) -> torch.nn.Module:
+    return Scaled(gain).eval()
+
+
+class Scaled(torch.nn.Module):
+    """A gain, as a weight."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(gain))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gain * x
+
+
+@pytest.mark.parametrize("make", [partial(ThreadPoolExecutor, 1), type(None)], ids=["threads", "in process"])
+def test_survey_never_computes_with_another_surveys_model(tmp_path, make):
+    """One object stands for both, as one that has gone and another at the same place in memory do by chance."""
+    executor, source, found = make(), partial(scaled, gain=1.0), []
+    for gain in (1.0, 2.0):
+        source.keywords["gain"] = gain
+        survey = run(tmp_path, {"m": source}, pictures(1), None, k=1, executor=executor)
+        found.append(survey.result().eigenvalues[0])
+    np.testing.assert_allclose(found, [1.0, 4.0], rtol=1e-5)
+
+
+def test_threads_keep_no_model_when_the_survey_is_over(tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        run(tmp_path, {"m": partial(scaled, 2.0)}, None, None, executor=pool)
+    assert not work._models
+
+
+def test_worker_that_lives_on_reads_a_file_of_weights_again_when_it_changed(tmp_path):
+    path, found = tmp_path / "net.pt", []
+    with ThreadPoolExecutor(1) as pool:
+        for gain in (1.0, 2.0):
+            torch.save(scaled(gain), path)
+            kind = type("Pool", (Executor,), {"submit": lambda self, *task: pool.submit(*task)})  # to other processes
+            survey = run(tmp_path / "store", {"m": path}, pictures(1), None, k=1, executor=kind())
+            found.append(survey.result().eigenvalues[0])
+    np.testing.assert_allclose(found, [1.0, 4.0], rtol=1e-5)
 
 
 def test_client_is_told_from_an_executor(tmp_path, cluster):
@@ -278,6 +322,27 @@ def test_function_that_makes_the_same_broken_executor_again_is_told(tmp_path):
         run(tmp_path, {"slow": survey_models.Slow}, pictures(12), None, executor=lambda: pool)
     with pytest.raises(TypeError, match=r"function that makes a concurrent\.futures.Executor, not None"):
         run(tmp_path, {"slow": survey_models.Slow}, pictures(12), None, executor=lambda: None)
+
+
+@pytest.mark.parametrize("count", [0, None])
+def test_executor_that_does_not_say_how_many_workers_it_has_is_used(tmp_path, count):
+    executor = Treacherous()
+    executor._max_workers = count
+    assert len(run(tmp_path, {"slow": survey_models.Slow}, {"x": torch.rand(1, 3, 9, 9)}, None, executor=executor)) == 1
+
+
+class Leaving(Executor):
+    """Hands on that its worker leaves."""
+
+    def submit(self, fn, /, *args):
+        future: Future = Future()
+        future.set_exception(SystemExit(7))
+        return future
+
+
+def test_worker_that_leaves_is_a_failure_of_its_cell(tmp_path):
+    survey = run(tmp_path, {"slow": survey_models.Slow}, None, None, executor=Leaving())
+    assert [(failure.error, failure.message) for failure in survey.failures()] == [("SystemExit", "7")] * 2
 
 
 class Murderous(Executor):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,7 +22,7 @@ import torch
 
 import fisherop as fo
 from fisherop.__main__ import main
-from fisherop.surveys import config
+from fisherop.surveys import config, report
 
 pytest.importorskip("pandas")
 pytest.importorskip("matplotlib")
@@ -143,6 +148,77 @@ def test_page_of_failures_alone_and_of_several_settings(tmp_path):
     assert (tmp_path / "two.html").read_text().count("class=group") == 2
 
 
+def figures(monkeypatch) -> list:
+    """Return the list that figures of later pages go to."""
+    drawn: list = []
+    write = report._svg
+    monkeypatch.setattr(report, "_svg", lambda fig: drawn.append(fig) or write(fig))
+    return drawn
+
+
+def scaled(gain: float, x: torch.Tensor) -> torch.Tensor:
+    return gain * torch.sin(x * torch.linspace(0.1, 1, x.shape[-1]))
+
+
+@pytest.mark.parametrize("spectrum", [False, True])
+@pytest.mark.parametrize("order", [1, -1])
+def test_spectra_of_all_models_lie_within_the_axes_and_zeros_move_no_axis(tmp_path, monkeypatch, spectrum, order):
+    gains = {"zero": 0.0, "small": 1e-2, "large": 1e2, "tiny": 1e-9}
+    models = {name: partial(scaled, gain) for name, gain in list(gains.items())[::order]}
+    images = {"x": torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))}
+    survey = fo.survey(models, images, store=tmp_path, spectrum=spectrum, progress=False)
+    drawn = figures(monkeypatch)
+    survey.report(tmp_path / "page.html")
+    panels = dict(zip(models, drawn[1].axes, strict=False))
+    low, high = panels["large"].get_ylim()
+    values = {name: np.concatenate([line.get_ydata() for line in ax.lines]) for name, ax in panels.items()}
+    assert all(((low < values[name]) & (values[name] < high)).all() for name in ("small", "large"))
+    assert (min(map(len, (values["small"], values["large"]))) > 0) & (high < 1e3 * values["large"].max())
+    assert low > 1e-13 * high
+    words = {name: [text.get_text() for text in ax.texts] for name, ax in panels.items()}
+    assert words == {"zero": ["zero"], "tiny": ["below this range"], "small": [], "large": []}
+
+
+def test_page_of_what_notices_nothing_says_zero_and_warns_of_nothing(tmp_path, monkeypatch):
+    images = {"x": torch.rand(1, 1, 8, 8)}
+    for spectrum in (False, True):
+        survey = fo.survey({"m": partial(scaled, 0.0)}, images, store=tmp_path, spectrum=spectrum, progress=False)
+        drawn = figures(monkeypatch)
+        survey.report(tmp_path / "page.html")
+        assert [text.get_text() for fig in drawn for ax in fig.axes for text in ax.texts][-1] == "zero"
+
+
+def shown(page: Path) -> list[np.ndarray]:
+    found = re.findall(r"data:image/png;base64,([^\"]+)", page.read_text())
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")) for data in found]
+
+
+@pytest.mark.parametrize(("gain", "offset"), [(255.0, 0.0), (2.0, -1.0), (0.0, 7.0)])
+def test_image_beyond_0_and_1_is_drawn_in_its_own_range_which_the_page_says(tmp_path, gain, offset):
+    x = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    models = {"m": torch.nn.Conv2d(3, 4, 3)}
+    for name, image in {"unit": x, "own": gain * x + offset}.items():
+        survey = fo.survey(models, {"x": image}, store=tmp_path / name, k=1, which="LM", progress=False)
+        survey.report(tmp_path / f"{name}.html")
+    assert "black is" not in (tmp_path / "unit.html").read_text()
+    assert (
+        f"black is {float((gain * x + offset).min()) - 0.5 * (gain == 0):.3g}, white"
+        in (tmp_path / "own.html").read_text()
+    )
+    [unit, _], [own, _] = shown(tmp_path / "unit.html"), shown(tmp_path / "own.html")
+    assert abs(own.mean() - (unit.mean() if gain else 127.5)) < 10
+
+
+def test_damaged_cell_is_a_line_on_the_page(survey, tmp_path):
+    shutil.copytree(survey.path, tmp_path / "store")
+    victim = sorted((tmp_path / "store").rglob("*.npz"))[0]
+    victim.write_bytes(victim.read_bytes()[:-9])
+    fo.Survey.open(tmp_path / "store").report(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert f"{victim.name} is not as it was written: run the survey again" in text
+    assert len(shown(tmp_path / "page.html")) == 3 * 4
+
+
 # -------------------------------------------------------------------------------------------------------- command line
 
 
@@ -185,6 +261,8 @@ def test_command_computes_a_survey_resumes_it_and_reports(folder, capsys):
         (("k = 2", 'k = 2\nspectrum = "yes"'), "spectrum must be true or false, not 'yes'"),
         (("k = 2", 'k = "2"'), "k must be a whole number"),
         (("k = 2", "seed = true"), "seed must be a whole number"),
+        (("k = 2", "seed = -1"), "seed must be at least 0, not -1"),
+        (('store = "runs"', 'store = ""'), "store must name a folder"),
         (("size = 12", 'size = "12"'), "images.size must be a whole number"),
         (("size = 12", "size = 0"), "images.size is in pixels"),
         (("size = 12", 'dtype = ["float32"]'), "images.dtype must be text"),
@@ -211,6 +289,67 @@ def test_mistake_in_the_file_is_one_sentence(folder, capsys, change, words):
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
+
+
+PARENT = """
+import os, time
+from fisherop.surveys import config
+if __name__ == "__main__":
+    with config.executor({"workers": 2}) as make:
+        print(make().submit(os.getpid).result(), flush=True)
+        time.sleep(600)
+"""
+
+
+def test_workers_end_with_a_parent_that_was_killed(tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    environment = os.environ | {"PYTHONPATH": str(Path(fo.__file__).parents[1])}
+    command = [sys.executable, "-W", "ignore", str(tmp_path / "parent.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    try:
+        end = time.monotonic() + 30
+        while alive(worker):
+            assert time.monotonic() < end, "it lives on"
+            time.sleep(0.05)
+    finally:
+        if alive(worker):
+            os.kill(worker, signal.SIGKILL)
+
+
+def alive(pid: int) -> bool:
+    """Tell of a process that it has not ended, if perhaps not been buried."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("report runs --pictures -1", "pictures must be at least 0, not -1"),
+        ("report runs --out .", ".: a page is written to a file, and this is a folder"),
+        ("report runs --out runs", "runs: a page is written to a file, and this is a folder"),
+        ("report runs --out nothing/page.html", "nothing/page.html: No such file or directory"),
+        ("report runs --out config.toml/page.html", "config.toml/page.html: Not a directory"),
+        ("survey config.toml --workers -1", "--workers must be at least 0, not -1"),
+    ],
+)
+def test_mistake_in_the_call_is_one_sentence_and_leaves_nothing_behind(folder, capsys, arguments, words):
+    fo.survey({"m": survey_models.small}, {"x": torch.rand(1, 3, 12, 12)}, store="runs", progress=False)
+    before = sorted(folder.rglob("*"))
+    assert main(arguments.split()) == 2
+    assert capsys.readouterr().err == f"fisherop: {words}\n"
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_page_that_cannot_be_put_in_place_leaves_nothing_behind(survey, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device", "x")))
+    with pytest.raises(OSError, match=r"No space left on device: '.*page.html'"):
+        survey.report(tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
 
 
 def test_file_that_is_no_text_is_one_sentence(folder, capsys):

@@ -11,6 +11,7 @@ True
 from __future__ import annotations
 
 import dataclasses
+import dis
 import hashlib
 import io
 import json
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from pathlib import Path
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,9 @@ from fisherop.rows import generator
 
 OUTPUT = "output"
 """The name, among layers, of a model's own response."""
+
+CALLED_OUTPUT = "output (layer)"
+"""The name of a layer that a model itself calls so."""
 
 MODEL_FILES = (".pt", ".pth", ".pt2")
 
@@ -67,7 +72,7 @@ class Cell:
     Attributes
     ----------
     image, layer, model : str
-        Names; the layer's is `OUTPUT` for the model's own response.
+        Names; the layer's is `OUTPUT` for the model's own response, and `CALLED_OUTPUT` for a layer of that name.
     reach : str, int or None
         The layer as `Layer` takes it; None for the model's own response.
     key : str
@@ -115,11 +120,11 @@ class Grid:
 
     def cells(self) -> list[Cell]:
         """Return the cells; every image is read once for its fingerprint."""
-        asked = fingerprint(self.settings)
+        asked = _told(self.settings, "noise")
         of_images = {name: self._image_fingerprint(name) for name in self.images}
         found = []
         for model, source in self.models.items():
-            of_model = fingerprint(source)
+            of_model = _told(source, f"models[{model!r}]", named=True)
             for image, of_image in of_images.items():
                 for label, reach in self.layers[model].items():
                     key = fingerprint((asked, of_image, of_model, reach, image, label, model))
@@ -140,8 +145,19 @@ class Grid:
     def _image_fingerprint(self, name: str) -> str:
         try:
             return fingerprint(self.image(name))
-        except Exception as error:  # Pillow's are of many kinds: its cells will fail, and be recorded
+        except (Exception, SystemExit) as error:  # Pillow's are of many kinds: its cells will fail, and be recorded
             return f"unreadable: {fingerprint(str(error))}"
+
+
+def _told(x: Any, what: str, *, named: bool = False) -> str:
+    """Return a fingerprint; say whose it is that there is none."""
+    try:
+        return fingerprint(x, named=named)
+    except (TypeError, AttributeError, pickle.PicklingError) as error:
+        raise TypeError(
+            f"{what} cannot be told from others by its content, which no pickle takes ({error}): give a function of an "
+            "importable module that makes it, or a Module"
+        ) from error
 
 
 def _named(sources: Any, what: str) -> dict[str, Any]:
@@ -156,10 +172,14 @@ def _layers_of(model: str, layers: Any) -> dict[str, str | int | None]:
     if layers is not None and (isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable)):
         raise TypeError(f"layers must be a list of layers, or a dict of such lists for models, not {layers!r}")
     listed = [None] if layers is None else [_plain_layer(layer) for layer in layers]
-    labels = {OUTPUT if layer is None else str(layer): layer for layer in listed}
+    labels = {_label(layer): layer for layer in listed}
     if not listed or len(labels) != len(listed):
         raise ValueError(f"layers of {model!r} must be one or more, each named once, not {listed}")
     return labels
+
+
+def _label(layer: str | int | None) -> str:
+    return {None: OUTPUT, OUTPUT: CALLED_OUTPUT}.get(layer, str(layer))  # type: ignore[arg-type]
 
 
 def _plain_layer(layer: Any) -> str | int | None:
@@ -203,6 +223,11 @@ def build(source: Any, seed: int) -> tuple[Callable[[Tensor], Any], str | None]:
     return (model.eval() if isinstance(model, nn.Module) and not _is_model_file(source) else model), note
 
 
+def weights_of(model: Any, source: str) -> str:
+    """Return the fingerprint of a model that was built, or, where that is no Module, of what it was built from."""
+    return fingerprint(model) if isinstance(model, nn.Module) else source
+
+
 def _is_model_file(source: Any) -> bool:
     return isinstance(source, os.PathLike) or (isinstance(source, str) and source.endswith(MODEL_FILES))
 
@@ -234,21 +259,22 @@ def _image(source: Any) -> NDArray[Any]:
 # --------------------------------------------------------------------------------------------------------- fingerprint
 
 
-def fingerprint(x: Any) -> str:
+def fingerprint(x: Any, *, named: bool = False) -> str:
     """Return a hash of a value: the same for equal content, in every process and on every machine.
 
     Numbers, text, containers, arrays, tensors, Modules (their architecture in words, their weights, all buffers and
-    public attributes), files of models, dataclasses and partial functions are known by their content; functions and
-    classes by their names.
+    public attributes), files of models, dataclasses, partial functions and functions in Python are known by their
+    content; classes, and functions of the libraries beneath, by their names. So is, if `named`, a function that is the
+    value itself.
     """
     digest = hashlib.sha256()
-    for part in _parts(x):
+    for part in _parts(x, named=named):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()[:32]
 
 
-def _parts(x: Any) -> Iterator[Any]:
+def _parts(x: Any, *, named: bool = False) -> Iterator[Any]:
     """Yield bytes that tell a value from all others."""
     if x is None or isinstance(x, (bool, int, float, complex, str, bytes)):
         is_file = isinstance(x, str) and _is_model_file(x) and os.path.isfile(x)  # a name may look like one
@@ -280,16 +306,30 @@ def _parts(x: Any) -> Iterator[Any]:
         yield from _parts({field.name: getattr(x, field.name) for field in dataclasses.fields(x)})
     elif isinstance(x, partial):
         yield b"partial"
-        yield from _parts((x.func, x.args, x.keywords))
+        yield b"sequence 3"
+        yield from _parts(x.func, named=named)
+        yield from _parts(x.args)
+        yield from _parts(x.keywords)
     elif issparse(x):
         yield from _parts(("sparse", x.shape, *_sorted_coordinates(x)))
     elif hasattr(x, "__qualname__"):
         yield f"name {_path(x)}".encode()
         if getattr(x, "__self__", None) is not None and not isinstance(x.__self__, type(os)):
             yield from _parts(x.__self__)
+        if not named and _is_read(x):
+            yield from _parts(_read(x, {}))
     else:
         yield f"object {_path(type(x))}".encode()
-        yield pickle.dumps(x, protocol=4)
+        buffer = io.BytesIO()
+        _Pickler(buffer, protocol=4).dump(x)
+        yield buffer.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles an object for its fingerprint: functions by what they do, where a pickle has their names."""
+
+    def persistent_id(self, x: Any) -> str | None:
+        return fingerprint(x) if isinstance(x, FunctionType) and _is_read(x) else None
 
 
 def _tensor_parts(x: Tensor) -> Iterator[Any]:
@@ -325,6 +365,16 @@ def _beyond_weights(model: nn.Module, known: dict[int, str]) -> list[Any]:
 
 def _plain(x: Any, known: dict[int, str], depth: int = 2) -> Any:
     """Return an attribute's value as plain data; an object of a class unknown here as its own public attributes."""
+    if isinstance(x, MethodType) and _is_read(x):
+        return _plain(x.__func__, known, depth), _plain(x.__self__, known, depth)
+    if _is_read(x):
+        return known[id(x)] if id(x) in known else (_path(x), *_read(x, known))
+    if isinstance(x, CodeType):
+        return _instructions(x, known)
+    if isinstance(x, ModuleType):
+        return x.__name__
+    if isinstance(x, (slice, range)):
+        return repr(x)
     if isinstance(x, (str, os.PathLike)):
         return repr(os.fspath(x))  # text, also where it names a file: what was in that is in the weights
     if isinstance(x, Mapping):
@@ -350,11 +400,71 @@ def _plain(x: Any, known: dict[int, str], depth: int = 2) -> Any:
     return kind, _plain(public, known, depth - 1)
 
 
+# ----------------------------------------------------------------------------------------------- fingerprint: functions
+
+_LIBRARIES = ("torch", "torchvision", "numpy", "scipy")
+"""The packages whose functions are known by name: another version of them is no other model."""
+
+
+def _is_read(x: Any) -> bool:
+    """Tell whether something is a function in Python, or a method, that is known by what it does."""
+    if not isinstance(x, (FunctionType, MethodType)) or not hasattr(x, "__code__"):
+        return False
+    said = str(x.__module__ or "").partition(".")[0]  # of a wrapper, that of what it wraps
+    return said not in _LIBRARIES or _package(x) not in _LIBRARIES
+
+
+def _package(x: Any) -> str:
+    return str(x.__globals__.get("__name__", "")).partition(".")[0]
+
+
+def _read(x: Any, known: dict[int, str]) -> list[Any]:
+    """Return what a function computes with, in plain data: instructions, defaults, and variables from around it.
+
+    Of global variables only those that it reads count: values, and functions of its own package, of which private ones
+    only functions, for a cache is no part of what a function does. `known` has the functions met, for they may call
+    each other.
+    """
+    known[id(x)] = f"function {len(known)}"
+    cells = zip(x.__code__.co_freevars, x.__closure__ or (), strict=True)
+    names = sorted(name for name in _global_names(x.__code__) if name in x.__globals__)
+    return [
+        _plain(x.__code__, known),
+        _plain([x.__defaults__, x.__kwdefaults__], known),
+        {name: _plain(cell.cell_contents, known) for name, cell in cells if cell != CellType()},
+        {name: _global(x, name, known) for name in names},
+    ]
+
+
+def _global(x: Any, name: str, known: dict[int, str]) -> Any:
+    value = x.__globals__[name]
+    if isinstance(value, FunctionType):
+        return _plain(value, known) if _package(value) == _package(x) else _path(value)
+    return "" if name.startswith("_") else _plain(value, known, 0)
+
+
+def _global_names(code: CodeType) -> set[str]:
+    """Return the names of global variables that code reads, with that of the functions within it."""
+    inner = (const for const in code.co_consts if isinstance(const, CodeType))
+    own = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return own.union(*map(_global_names, inner))
+
+
+def _instructions(code: CodeType, known: dict[int, str]) -> Any:
+    """Return what a function's code does, in plain data; not where it stands."""
+    counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
+    names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
+    steps = code.co_code, getattr(code, "co_exceptiontable", b"")
+    return [counts, steps, _plain(names, known), _plain(code.co_consts, known)]
+
+
 _PLAIN = (bool, int, float, complex, bytes, np.generic, Tensor, torch.dtype, torch.device)
 
 
 def _path(x: Any) -> str:
-    return f"{getattr(x, '__module__', '')}:{x.__qualname__}"
+    module = str(getattr(x, "__module__", ""))
+    # A process that was spawned knows the script of the one that spawned it by another name.
+    return f"{'__main__' if module == '__mp_main__' else module}:{x.__qualname__}"
 
 
 def _sorted_coordinates(x: Any) -> tuple[Any, ...]:
@@ -372,7 +482,9 @@ def _file_digest(path: Any) -> bytes:
 
 def root_seed(rng: Any) -> int:
     """Return the number that all seeds of a survey come from: 0 for None, for else a rerun would find nothing."""
-    if rng is None or (isinstance(rng, (int, np.integer)) and not isinstance(rng, bool)):
+    if isinstance(rng, (bool, np.bool_)):
+        raise TypeError(f"rng must be a whole number or a numpy.random.Generator, not {rng}")
+    if rng is None or isinstance(rng, (int, np.integer)):
         if rng is not None and rng < 0:
             raise ValueError(f"rng must be a whole number of at least 0, not {rng}")
         return int(rng or 0)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fisherop.compare import threshold_table
 from fisherop.models import Layer
-from fisherop.noise import Noise
+from fisherop.noise import Gaussian, Noise
 from fisherop.operators import FisherOperator
-from fisherop.surveys.cells import OUTPUT, build, seed_of
+from fisherop.surveys.cells import CALLED_OUTPUT, OUTPUT, build, fingerprint, seed_of, weights_of
 from fisherop.surveys.opened import Record, Survey, _imported
 from fisherop.surveys.work import TUNING
 
@@ -74,7 +74,7 @@ def compare(
     if models is None:
         rows = [(*_names(record), record.model, record.layer, D) for record, D in own.items()]
     else:
-        rows = list(_cross_D(survey, done, _builder(models, settings["seed"]), noise))
+        rows = list(_cross_D(survey, own, _builder(models, settings["seed"]), noise))
     columns = ["image", "model", "layer", "of_model", "of_layer", "D"]
     angle_columns = ["image", "model", "layer", "of_model", "of_layer", "most", "least"]
     return Comparison(
@@ -108,35 +108,72 @@ def _by_image(done: list[Record]) -> Iterator[tuple[str, list[Record]]]:
 # ------------------------------------------------------------------------------------------------------------------- D
 
 
-def _builder(models: Mapping[str, Any], seed: int) -> Callable[[str], Any]:
-    kept: dict[str, Any] = {}
+SAME = 1e-4
+"""How far an eigenvalue may be from the stored one, next to the largest, if what is given is that of the survey: other
+machines and strategies of products round otherwise, and not by as much."""
 
-    def built(name: str) -> Any:
+
+def _builder(models: Mapping[str, Any], seed: int) -> Callable[[str], tuple[Any, str]]:
+    """Return what gives a model by its name, and the fingerprint that cells have of what was built."""
+    kept: dict[str, tuple[Any, str]] = {}
+
+    def built(name: str) -> tuple[Any, str]:
         if name not in kept:
             if name not in models:
                 raise ValueError(f"models lacks {name!r}, which the survey has: pass those that it was given")
-            kept[name] = build(models[name], seed_of(seed, name))[0]
+            model, _ = build(models[name], seed_of(seed, name))
+            kept[name] = model, weights_of(model, fingerprint(models[name], named=True))
         return kept[name]
 
     return built
 
 
-def _cross_D(survey: Survey, done: list[Record], built: Callable[[str], Any], noise: Noise | None) -> Iterator[Any]:
-    """Yield D of every model and layer for the distortions of every one, at every image."""
-    for image, records in _by_image(done):
+def _cross_D(
+    survey: Survey, own: dict[Record, float], built: Callable[[str], tuple[Any, str]], noise: Noise | None
+) -> Iterator[Any]:
+    """Yield D of every model and layer for the distortions of every one, at every image.
+
+    A cell's own is that of its certificate, which knows what of F is zero.
+    """
+    for image, records in _by_image([record for record in survey.records if record.done]):
         results = {record: survey.read(record) for record in records}
         ops = {}
         for record, result in results.items():
-            model = built(record.model)
+            model, _ = built(record.model)
             layer = model if record.layer == OUTPUT else Layer(model, _reach(model, record.layer))
             ops[record] = FisherOperator(layer, result.image, noise=noise, tuning=TUNING)  # type: ignore[arg-type]
         table = threshold_table(ops, results)  # type: ignore[arg-type]
         for i, record in enumerate(ops):
+            _check_same(survey, record, built, noise, [1 / table.most[i, i] ** 2, 1 / table.least[i, i] ** 2])
             for j, other in enumerate(results):
-                yield image, record.model, record.layer, other.model, other.layer, float(table.D[i, j])
+                D = own[record] if other is record and record in own else float(table.D[i, j])
+                yield image, record.model, record.layer, other.model, other.layer, D
+
+
+def _check_same(
+    survey: Survey, record: Record, built: Callable[[str], tuple[Any, str]], noise: Noise | None, found: list[float]
+) -> None:
+    """Refuse a noise or a model that is known as another than the survey's, and finds other eigenvalues.
+
+    What has another name, as a class in a script that was run and is now imported, may compute the same.
+    """
+    assert record.pairs is not None
+    same_noise = {fingerprint(None), fingerprint(Gaussian())}
+    asked, given = survey.settings()["noise_fingerprint"], fingerprint(noise)
+    differing = [] if asked == given or {asked, given} <= same_noise else ["noise"]
+    if built(record.model)[1] != record.weights:
+        differing.append(f"models[{record.model!r}]")
+    stored = record.pairs[[0, -1], 0]
+    if differing and (np.abs(stored - found) > SAME * record.fact("lambda_max")).any():
+        raise ValueError(
+            f"{' and '.join(differing)} must be what the survey was given, and is not: at {record.image!r} eigenvalues "
+            f"{stored[0]:.3g} and {stored[1]:.3g} of {record.model!r} are {found[0]:.3g} and {found[1]:.3g} by it"
+        )
 
 
 def _reach(model: Any, layer: str) -> str | int:
+    if layer == CALLED_OUTPUT:
+        return OUTPUT
     return layer if layer in dict(model.named_modules()) or not layer.isdecimal() else int(layer)
 
 

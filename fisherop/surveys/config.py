@@ -37,8 +37,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -78,6 +80,10 @@ def _arguments(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], di
     for name in ("store", "models", "images"):
         if name not in config:
             raise ValueError(f"{name!r} is missing")
+    if _typed(config, "seed", int, 0) < 0:
+        raise ValueError(f"seed must be at least 0, not {config['seed']}")
+    if not _typed(config, "store", str):
+        raise ValueError('store must name a folder, such as "runs"')
     arguments = {name: config[name] for name in _SETTINGS if name in config}
     _typed(config, "spectrum", bool)
     arguments |= {
@@ -85,8 +91,8 @@ def _arguments(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], di
         "images": _images(_typed(config, "images", dict), folder),
         "layers": _layers(config),
         "noise": _noise(_typed(config, "noise", dict)),
-        "rng": _typed(config, "seed", int),
-        "store": folder / _typed(config, "store", str),
+        "rng": config.get("seed"),
+        "store": folder / config["store"],
     }
     run = _typed(config, "run", dict, {})
     _known(run, _RUN, "run")
@@ -210,6 +216,18 @@ def executor(run: dict[str, Any]) -> Iterator[Made]:
         with Client(run["dask"]) as client:  # type: ignore[no-untyped-call]
             yield client.get_executor(**options)
     elif run.get("workers", 0):
-        yield partial(ProcessPoolExecutor, run["workers"], get_context("spawn"))
+        yield partial(ProcessPoolExecutor, run["workers"], get_context("spawn"), initializer=_end_with_parent)
     else:
         yield None
+
+
+def _end_with_parent() -> None:
+    """End this worker when the process that started it has: one that was killed cannot say so."""
+    parent = parent_process()
+    if parent is not None:
+        Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_after(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)

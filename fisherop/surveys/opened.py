@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fisherop.maps import whole
 from fisherop.result import Eigendistortions
+from fisherop.surveys.cells import OUTPUT
 from fisherop.surveys.store import DONE, Damaged, Sidecar, Store
 
 if TYPE_CHECKING:
@@ -130,7 +132,7 @@ class Failure:
     traceback: str
 
     def __str__(self) -> str:
-        where = "" if self.layer == "output" else f", {self.layer}"
+        where = "" if self.layer == OUTPUT else f", {self.layer}"
         return f"{self.model}{where} at {self.image}: {self.error}: {self.message}"
 
 
@@ -143,7 +145,7 @@ class Survey:
     Attributes
     ----------
     images, layers, models : tuple of str
-        The names met, in the order that they were given in.
+        The names met, in the order that they were given in; among layers a model's own response is the last.
 
     Examples
     --------
@@ -165,7 +167,7 @@ class Survey:
         self._store = store
         self._records = sorted(latest.values(), key=lambda record: (record.place[::-1], record.name, record.settings))
         self.images = _in_order((record.place[0], record.image) for record in self._records)
-        self.layers = _in_order((record.place[1], record.layer) for record in self._records)
+        self.layers = _in_depth(_in_order((record.place[1], record.layer) for record in self._records))
         self.models = _in_order((record.place[2], record.model) for record in self._records)
 
     @classmethod
@@ -185,7 +187,7 @@ class Survey:
         Warns
         -----
         UserWarning
-            Where one model's cells were computed with different weights.
+            Where one model's cells were computed with different weights, and where cells cannot be read.
         """
         folder = Store(store)
         if not folder.cells.is_dir():
@@ -339,7 +341,7 @@ class Survey:
                 raise Damaged(f"the sidecar of cell {record.key} is missing")
             return Eigendistortions.load(self._store.data(sidecar))
         except Damaged as error:
-            raise ValueError(f"{error}: run the survey again, which computes that cell anew") from None
+            raise Damaged(f"{error}: run the survey again, which computes that cell anew") from None
 
     def failures(self) -> list[Failure]:
         """Return the cells that failed, with their errors; ``survey(..., retry_failed=True)`` computes them again."""
@@ -502,6 +504,11 @@ class Survey:
         -------
         Comparison
             With the tables ``D``, ``angles`` and ``curves``.
+
+        Raises
+        ------
+        ValueError
+            Where cells have different settings, and where models or noise are other than those of the survey.
         """
         from fisherop.surveys.comparison import compare
 
@@ -518,10 +525,15 @@ class Survey:
             By default the store's name.
         pictures : int, optional
             How many of the images are shown with their distortions.
+
+        Raises
+        ------
+        OSError
+            Where the file cannot be written.
         """
         from fisherop.surveys.report import write
 
-        write(self, Path(path), title or f"Survey {self.path.name}", pictures)
+        write(self, Path(path), title or f"Survey {self.path.name}", whole(pictures, "pictures", 0))
 
     def _checked(self) -> Survey:
         """Warn of models whose cells were computed with different weights."""
@@ -543,6 +555,10 @@ def _in_order(places: Iterable[tuple[int, str]]) -> tuple[str, ...]:
     for place, name in places:
         last[name] = max(place, last.get(name, place))
     return tuple(sorted(last, key=lambda name: (last[name], name)))
+
+
+def _in_depth(layers: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(layers, key=lambda name: name == OUTPUT))  # a model's own response is beyond all of its layers
 
 
 def _imported(name: str) -> Any:

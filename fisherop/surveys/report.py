@@ -8,6 +8,7 @@ Pictures are PNG at the image's own resolution, magnified by the browser without
 from __future__ import annotations
 
 import base64
+import errno
 import html
 import io
 import json
@@ -17,6 +18,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,7 @@ from numpy.typing import NDArray
 
 from fisherop.surveys.cells import OUTPUT
 from fisherop.surveys.comparison import compare
+from fisherop.surveys.store import Damaged
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,12 +42,17 @@ ROWS = 2000
 NAME_LENGTH = 32
 """Letters of a name in a figure; the rest of the page has all of them."""
 
+DECADES = 12
+"""How far below the largest eigenvalue of all others are drawn."""
+
 SHOWN = 160
 """Pixels of the screen that a picture is magnified to at least."""
 
 
 def write(survey: Survey, path: Path, title: str, pictures: int) -> None:
     """Write the page, whole or not at all."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a page is written to a file, and this is a folder", str(path))
     sections = [_summary(survey), *_by_settings(survey, pictures), _failures(survey)]
     page = Template(PAGE).substitute(
         title=html.escape(title),
@@ -52,8 +60,14 @@ def write(survey: Survey, path: Path, title: str, pictures: int) -> None:
         body="\n".join(section for section in sections if section),
     )
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.write_text(page, encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, path)
+    try:
+        partial.write_text(page, encoding="utf-8", errors="backslashreplace")
+        os.replace(partial, path)
+    except OSError as error:  # which would name a file that nobody asked for
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _by_settings(survey: Survey, pictures: int) -> Iterator[str]:
@@ -174,38 +188,62 @@ def _curves(survey: Survey) -> str:
 
 def _spectra(survey: Survey) -> str:
     """Return the figure of eigenvalues over their index: those found, or the whole spectrum where it was kept."""
-    whole = any(record.spectrum and "eigenvalues" in record.spectrum for record in survey.records)
     columns = min(3, len(survey.models))
     lines = math.ceil(len(survey.models) / columns)
     fig = _figure(4.1 * columns, 3.2 * lines)
     axes = fig.subplots(lines, columns, squeeze=False, sharey=True).ravel()
+    limits = _limits([_positive(record)[1] for record in survey.records if record.pairs is not None])
     for ax, model in zip(axes, survey.models, strict=False):
+        ax.set(xscale="log", yscale="log", ylim=limits)  # given, for panels that share an axis also share its range
+        drawn = False
         for number, layer in enumerate(survey.layers):
             cells = [r for r in survey.records if (r.model, r.layer) == (model, layer) and r.pairs is not None]
             for i, record in enumerate(cells):
-                assert record.pairs is not None
-                label = _drawn(layer) if i == 0 else None
-                style: dict[str, Any] = {"color": f"C{number % 10}", "alpha": 0.25 + 0.75 / len(cells), "label": label}
-                if record.spectrum and "eigenvalues" in record.spectrum:
-                    index, values = np.array(record.spectrum["index"]), np.array(record.spectrum["eigenvalues"])
-                    ax.plot(index[values > 0] + 1, values[values > 0], linewidth=1, **style)
-                else:
-                    ax.plot(record.pairs[:, 1] + 1, np.maximum(record.pairs[:, 0], 1e-300), "o", markersize=4, **style)
-        ax.set(xscale="log", yscale="log")
+                position, values = _positive(record)
+                line: dict[str, Any] = {"linewidth": 1} if _whole(record) else {"marker": "o", "ls": "", "ms": 4}
+                alpha, label = 0.25 + 0.75 / len(cells), _drawn(layer) if i == 0 else None
+                ax.plot(position, values, color=f"C{number % 10}", alpha=alpha, label=label, **line)
+                drawn |= bool((values >= limits[0]).any())
+        if not drawn:
+            none = not any(len(_positive(r)[1]) for r in survey.records if r.model == model and r.pairs is not None)
+            ax.text(0.5, 0.5, "zero" if none else "below this range", transform=ax.transAxes, ha="center")
         ax.set_title(_drawn(model), loc="left", fontsize=10)
         ax.set_xlabel("position in the spectrum, from 1", fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=7)
-        low = min((r.fact("lambda_max") for r in survey.records if r.pairs is not None), default=1.0) * 1e-12
-        ax.set_ylim(bottom=max(ax.get_ylim()[0], low) if low > 0 else None)
     for ax in axes[len(survey.models) :]:
         ax.set_visible(False)
     axes[0].set_ylabel("eigenvalue λ", fontsize=9)
-    words = "whole spectra" if whole else "the eigenvalues found"
+    words = "whole spectra" if any(map(_whole, survey.records)) else "the eigenvalues found"
     return (
-        f"<h2>Spectra</h2><figure>{_svg(fig)}<figcaption>One line or set of dots for every image: {words}. What lies "
-        "more than twelve decades below the largest is not drawn.</figcaption></figure>"
+        f"<h2>Spectra</h2><figure>{_svg(fig)}<figcaption>One line or set of dots for every image: {words}. What is "
+        f"zero, or more than {DECADES} decades below the largest of all, is not drawn.</figcaption></figure>"
     )
+
+
+def _whole(record: Record) -> bool:
+    return bool(record.spectrum) and "eigenvalues" in (record.spectrum or {})
+
+
+def _positive(record: Record) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return positions, from 1, and eigenvalues of a cell, of the whole spectrum where it was kept, but for zeros."""
+    if record.spectrum and _whole(record):
+        index, values = np.array(record.spectrum["index"]), np.array(record.spectrum["eigenvalues"])
+    else:
+        assert record.pairs is not None
+        values, index = record.pairs[:, :2].T
+    return index[values > 0] + 1, values[values > 0]
+
+
+def _limits(values: list[NDArray[np.float64]]) -> tuple[float, float]:
+    """Return the ends of the axis of eigenvalues, which all panels share."""
+    together = np.concatenate(values)
+    if not len(together):
+        return 0.1, 10.0
+    high = float(together.max())
+    low = float(together[together >= high * 10.0**-DECADES].min())
+    room = max(3.0, (high / low) ** 0.05)
+    return low / room, high * room
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -245,7 +283,8 @@ def _pictures(survey: Survey, count: int) -> str:
         return ""
     return (
         "<h2>Distortions</h2><p>Of each model and layer what it notices most, and least: added to the image, all at "
-        "the same norm (5 % of the pixel range, root mean square), and below it alone, scaled to be seen.</p>"
+        "the same norm (5 % of the pixel range, root mean square), and below it alone, scaled to be seen. Pixels range "
+        "from 0 to 1, or, where an image has others, from its least to its largest.</p>"
         + "".join(sections)
         + (rest if left > 0 else "")
     )
@@ -256,26 +295,40 @@ def _card(survey: Survey, record: Record) -> str:
     from fisherop.plot.panels import clipped, panels_of
     from fisherop.plot.sizes import norm
 
+    head = f"<h4>{_escaped(_observer(record))}</h4>"
     try:
         result = survey.read(record)
         picture, distortions = panels_of(result, None, None)
+    except Damaged as error:
+        return f"<div class=card>{head}<p class=bad>{_escaped(error)}</p></div>"
     except ValueError:
         return ""
     if picture.ndim != 3 or not np.isfinite(picture).all():
         return ""
-    alpha = norm(picture.size, picture, (0.0, 1.0))
+    low, high = _range(picture)
+    alpha = norm(picture.size, picture, (low, high))
     ends = [0, len(result) - 1] if len(result) > 1 else [0]
     columns = []
     for i in ends:
-        head = {0: "noticed most", record.fact("n") - 1: "noticed least"}.get(int(result.index[i]), "")
+        place = {0: "noticed most", record.fact("n") - 1: "noticed least"}.get(int(result.index[i]), "")
         v = distortions[i]
-        distorted, share = clipped(picture + alpha * v, (0.0, 1.0))
+        distorted, share = clipped(picture + alpha * v, (low, high))
+        distorted = (distorted - low) / (high - low)
         alone = 0.5 + 0.5 * v / (np.abs(v).max() or 1.0)
         columns.append(
-            f"<div><p>{head}</p>{_img(distorted, f'{record.image} distorted')}{_img(alone, 'the distortion alone')}"
+            f"<div><p>{place}</p>{_img(distorted, f'{record.image} distorted')}{_img(alone, 'the distortion alone')}"
             f"<p>{_words(result, record, i)}{f'; {100 * share:.2g} % clipped' if share else ''}</p></div>"
         )
-    return f"<div class=card><h4>{_escaped(_observer(record))}</h4><div class=ends>{''.join(columns)}</div></div>"
+    unusual = "" if (low, high) == (0.0, 1.0) else f"<p class=quiet>black is {low:.3g}, white {high:.3g}</p>"
+    return f"<div class=card>{head}{unusual}<div class=ends>{''.join(columns)}</div></div>"
+
+
+def _range(picture: NDArray[np.float64]) -> tuple[float, float]:
+    """Return black and white: 0 and 1, or the ends of an image that has values beyond these."""
+    low, high = float(picture.min()), float(picture.max())
+    if low >= 0 and high <= 1:
+        return 0.0, 1.0
+    return (low, high) if low < high else (low - 0.5, low + 0.5)
 
 
 def _words(result: Eigendistortions, record: Record, i: int) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 
 from fisherop.eigen import WHICH
 from fisherop.maps import whole
-from fisherop.noise import Noise
+from fisherop.noise import Noise, checked_noise
 from fisherop.solvers import BACKENDS
 from fisherop.solvers.contract import tolerance
 from fisherop.surveys.cells import Cell, Grid, Settings, packed, root_seed
@@ -123,8 +123,8 @@ def survey(
     -----
     The result of a cell depends on neither order nor worker: its seeds come from its names, and the variants of
     convolutions are chosen by a rule, not by a stopwatch. On one kind of processor, with one thread, it is the same to
-    the bit. A cell is known by the content of image, noise and model; a function or a name that makes a model, by that
-    name: give a model another name in the dict when you change what makes it.
+    the bit. A cell is known by the content of image, noise and model; a function or a name that stands for a model or
+    makes one, and the methods of a class, by that name: give a model another name in the dict when you change these.
 
     Examples
     --------
@@ -165,8 +165,7 @@ def _checked_settings(
         raise ValueError(f"which must be one of {', '.join(WHICH)}, not {which!r}")
     if method not in ("auto", *BACKENDS):
         raise ValueError(f"method must be one of auto, {', '.join(BACKENDS)}, not {method!r}")
-    if noise is not None and not hasattr(noise, "at"):
-        raise TypeError(f"noise must be one of fisherop.noise, not {type(noise).__name__}")
+    checked_noise(noise)
     if not isinstance(spectrum, (bool, np.bool_)):
         raise TypeError(f"spectrum must be True or False, not {spectrum!r}")
     return Settings(
@@ -263,27 +262,33 @@ class _Tasks:
         self.sources: dict[str, Any] = dict(grid.models)
         if packs:
             self.sources = {name: packed(source, f"models[{name!r}]") for name, source in grid.models.items()}
-        self.identities = {name: _identity(source) for name, source in self.sources.items()}
+            self.checksums = {name: hashlib.sha256(source).hexdigest() for name, source in self.sources.items()}
+        self.packs = packs
 
     def __call__(self, cell: Cell, losses: int = 0) -> Task:
         """Return the task of a cell whose worker died so many times; raise CellError where its image cannot be read."""
         try:
             image = self.grid.image(cell.image)
-        except Exception as error:  # files and functions may raise anything
+        except (Exception, SystemExit) as error:  # files and functions may raise anything
             raise CellError.of(error) from None
         return Task(
             cell,
             self.settings,
             self.sources[cell.model],
-            f"{cell.model} {self.identities[cell.model]}",
+            self._identity(cell),
             image,
             self.threads,
             f"{self.call} {losses}",
         )
 
+    def _identity(self, cell: Cell) -> str:
+        """Return what tells a cell's model from all that a worker may keep, of whatever survey.
 
-def _identity(source: Any) -> str:
-    return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else f"object {id(source)}"
+        Bytes tell it to later calls as well, but for files that they only name; an object is its name in this call.
+        """
+        if not self.packs:
+            return f"{self.call} {cell.model}"
+        return f"{cell.model_fingerprint} {self.checksums[cell.model]}"
 
 
 def _in_process(cells: list[Cell], task: _Tasks, ledger: _Ledger) -> None:
@@ -298,7 +303,7 @@ def _in_process(cells: list[Cell], task: _Tasks, ledger: _Ledger) -> None:
                     outcome = error
             ledger.finish(cell, outcome)
     finally:
-        forget_models()  # they are known by the identity of objects that may go
+        forget_models(task.call)
 
 
 def _on_executor(cells: list[Cell], task: _Tasks, ledger: _Ledger, given: Executor | Callable[[], Executor]) -> None:
@@ -312,7 +317,7 @@ def _on_executor(cells: list[Cell], task: _Tasks, ledger: _Ledger, given: Execut
     try:
         while waiting or flying:
             broken: BaseException | None = None
-            while waiting and not broken and len(flying) < 2 * getattr(executor, "_max_workers", UNKNOWN_WORKERS):
+            while waiting and not broken and len(flying) < 2 * _workers(executor):
                 cell = waiting.popleft()
                 try:
                     if ledger.store.is_done(cell.key):
@@ -359,6 +364,13 @@ def _on_executor(cells: list[Cell], task: _Tasks, ledger: _Ledger, given: Execut
     finally:
         if own:
             _shut(executor, wait=sys.exc_info()[0] is None)
+        forget_models(task.call)
+
+
+def _workers(executor: Executor) -> int:
+    """Return how many workers an executor has; many, where it does not say or has none yet."""
+    count: int = getattr(executor, "_max_workers", None) or UNKNOWN_WORKERS
+    return count
 
 
 def _outcome(future: Future[Outcome]) -> Outcome | CellError | BaseException:
@@ -369,7 +381,7 @@ def _outcome(future: Future[Outcome]) -> Outcome | CellError | BaseException:
         return error
     except (BrokenExecutor, CancelledError) as error:
         return error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # Dask's word for a task whose workers died; a class that need not be installed.
         return error if type(error).__name__ == "KilledWorker" else CellError.of(error)
 

@@ -14,6 +14,7 @@ import json
 import os
 import time
 import uuid
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class Store:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+            raise TypeError(f"store must be the path of a folder, not {path!r}")
         self.path = Path(path)
         self.cells = self.path / "cells"
         if self.path.exists() and not self.path.is_dir():
@@ -55,15 +58,25 @@ class Store:
         return self._read(self._sidecar_path(key))
 
     def sidecars(self) -> Iterator[Sidecar]:
-        """Yield all sidecars, but for those that are damaged."""
+        """Yield all sidecars, but for those that are damaged; warn of how many these are."""
+        damaged = 0
         with contextlib.suppress(FileNotFoundError):
             for folder in sorted(entry.path for entry in os.scandir(self.cells) if entry.is_dir()):
                 for entry in os.scandir(folder):
                     if entry.name.endswith(".json"):
-                        with contextlib.suppress(Damaged):
+                        try:
                             found = self._read(entry.path)
-                            if found is not None:
-                                yield found
+                        except Damaged:
+                            damaged += 1
+                            continue
+                        if found is not None:
+                            yield found
+        if damaged:
+            warnings.warn(
+                f"{damaged} of the cells of {str(self.path)!r} cannot be read, for their .json is not as it was "
+                "written: run the survey again, which computes them anew",
+                stacklevel=2,
+            )
 
     def data(self, sidecar: Sidecar) -> Path:
         """Return the path of a cell's arrays, checked; raise Damaged where they are not as they were written."""

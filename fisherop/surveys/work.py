@@ -14,7 +14,6 @@ import threading
 import time
 import traceback
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from fisherop.operators import FisherOperator
 from fisherop.rows import RowOperator
 from fisherop.solvers import exact
 from fisherop.spectrum.moments import eigenvalues
-from fisherop.surveys.cells import Cell, Settings, build, fingerprint, seed_of
+from fisherop.surveys.cells import Cell, Settings, build, seed_of, weights_of
 
 TUNING = {"block": 8, "others": "cheapest"}
 """How products are computed, by rules: an operator that measures what is fastest rounds otherwise the next time."""
@@ -115,7 +114,7 @@ def compute(task: Task) -> Outcome:
         try:
             settings = _unpacked(task.settings)
             return _computed(task, settings)
-        except Exception as error:  # a model may raise anything
+        except (Exception, SystemExit) as error:  # a model may raise anything, and leave
             raise CellError.of(error) from None
 
 
@@ -188,25 +187,28 @@ def _unpacked(x: Any) -> Any:
 # -------------------------------------------------------------------------------------------------------------- models
 
 _Kept = tuple[Callable[[Tensor], Any], str, str | None]
-_models: OrderedDict[tuple[str, int], _Kept] = OrderedDict()
+_models: dict[tuple[str, int], _Kept] = {}
+"""The models kept, the one used last at the end."""
 
 
 def _kept_model(task: Task, seed: int) -> _Kept:
     """Return a model, the fingerprint of what was built, and a note on its weights: built once, and kept."""
     key = task.identity, seed
-    if key not in _models:
+    kept = _models.pop(key, None)  # in one step, for another thread may forget it
+    if kept is None:
         model, note = build(_unpacked(task.source), seed)
-        weights = fingerprint(model) if isinstance(model, nn.Module) else task.cell.model_fingerprint
-        _models[key] = model, weights, note
-        while len(_models) > MODELS_KEPT:
-            _models.popitem(last=False)
-    _models.move_to_end(key)
-    return _models[key]
+        kept = model, weights_of(model, task.cell.model_fingerprint), note
+    _models[key] = kept
+    for old in list(_models)[:-MODELS_KEPT]:
+        _models.pop(old, None)
+    return kept
 
 
-def forget_models() -> None:
-    """Let go of the models that this process keeps."""
-    _models.clear()
+def forget_models(call: str) -> None:
+    """Let go of the models that this process keeps for one call, which no other call finds."""
+    for key in list(_models):
+        if key[0].startswith(call):
+            _models.pop(key, None)
 
 
 # ------------------------------------------------------------------------------------------------------------ spectrum
