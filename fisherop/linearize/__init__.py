@@ -36,11 +36,13 @@ from fisherop.linearize.capture import Captured
 from fisherop.linearize.checks import (
     adjoint,
     buffers_kept,
+    check_precision,
     check_same_twice,
     checked_image,
     close,
     flat_response,
     outside,
+    settled,
     weights,
 )
 from fisherop.linearize.modes import Verdict, judged
@@ -126,7 +128,7 @@ class Linearization:
         self.tuning: dict[str, Any] = {}
         self._lock = threading.Lock()
         with buffers_kept(model):
-            self.response = self.respond(self.image)
+            self.response = settled(self.respond, self.image)
         self.shape = (self.response.numel(), self.image.numel())
         self._watch = Watch(weight for _, weight in weights(model))
         self._jvp, self._vjp = self._products(dict(tuning) if tuning is not None else None)
@@ -178,9 +180,7 @@ class Linearization:
             return self._recorded(pinned)
         except (RuntimeError, NotImplementedError) as error:
             self.reason = f"not recorded: {_first_line(error)}"
-        leaf = self.image.clone().requires_grad_()
-        with differentiable(), torch.enable_grad(), self._watch:
-            response = self._respond(leaf)
+        leaf, response = self._followed()
         check_same_twice(self.response, response.detach())
         if not response.requires_grad:
             self._warn_of_constant_response()
@@ -213,6 +213,18 @@ class Linearization:
             return products
         raise ValueError("this model cannot be linearized; " + "; ".join(failures))
 
+    def _followed(self) -> tuple[Tensor, Tensor]:
+        """Return an image and the model's response to it, with autograd's graph between them."""
+        leaf = self.image.clone().requires_grad_()
+        try:
+            with differentiable(), torch.enable_grad(), self._watch:
+                return leaf, self._respond(leaf)
+        except RuntimeError as error:
+            why = f"the model cannot be differentiated: {_first_line(error)}"
+            if "nference tensor" in why:
+                why = "the model was made under torch.inference_mode(), where autograd cannot go: make it outside of it"
+            raise ValueError(why) from error
+
     def _recorded(self, pinned: dict[str, Any] | None) -> tuple[Product, Product]:
         with differentiable():
             recording = record(self._respond, self.image, self._watch)
@@ -231,6 +243,7 @@ class Linearization:
         for program in programs.values():
             program.part_from(written)
             program.simplified(slopes)
+            check_precision(program.dtypes(), self.dtype)
         with torch.no_grad(), exact_arithmetic():
             for name, program in programs.items():
                 self.tuning |= variants.choose(program, name, pinned, self.device)
