@@ -1,5 +1,7 @@
 """Laws of the linearization: the right Jacobian, for every model, without a trace left on the model."""
 
+import re
+import threading
 import warnings
 from collections import OrderedDict, namedtuple
 
@@ -9,6 +11,7 @@ from models import MODELS, build, dense_jacobian, parts
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fisherop as fo
 from fisherop.linearize import Linearization
 
 DTYPES = (torch.float32, torch.float64)
@@ -220,7 +223,24 @@ def nan_weights():
     return model
 
 
+def test_weights_stored_in_few_bits_are_no_cause_for_refusal():
+    weight = torch.linspace(-1, 1, 60).half().view(20, 3)
+    at = Linearization(lambda x: weight.float() @ x.sin(), ONES)
+    assert (at.strategy, at.reason) == ("recorded", "")
+
+
+def made_in_inference_mode():
+    with torch.inference_mode():
+        return nn.Linear(3, 2)
+
+
+def bfloat16_by_autocast(x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return (x.outer(x) @ x.outer(x).sin()).float()
+
+
 ONES = torch.ones(3)
+RAMP = torch.linspace(0.1, 1, 20)
 REFUSED = {
     "model is no function": (3, ONES, TypeError, "model must be an nn.Module or a function"),
     "NaN image": (nn.Identity(), torch.tensor([1.0, torch.nan]), ValueError, "image holds NaN or infinity"),
@@ -232,6 +252,18 @@ REFUSED = {
         ValueError,
         r"training mode.*call model.eval\(\)",
     ),
+    "rare dropout": (nn.Dropout(0.001).train(), torch.ones(1, 1, 8, 8), ValueError, r"twice: call model.eval\(\)"),
+    "made in inference mode": (made_in_inference_mode(), ONES, ValueError, "under torch.inference_mode.*outside"),
+    "sparse image": (nn.Identity(), ONES.to_sparse(), TypeError, r"sparse.*image.to_dense\(\)"),
+    "image without values": (nn.Identity(), ONES.to("meta"), ValueError, "meta device, which holds no values"),
+    "float16 inside": (lambda x: x.half().sin().float(), RAMP, ValueError, "in torch.float16: run all of it in .*32"),
+    "bfloat16 inside": (
+        lambda x: x.bfloat16().sin().double(),
+        RAMP.double(),
+        ValueError,
+        "in torch.bfloat16: run .*64",
+    ),
+    "autocast inside": (bfloat16_by_autocast, RAMP, ValueError, "in torch.bfloat16: .* switch autocast off"),
     "float16 image": (nn.Identity(), ONES.half(), TypeError, r"float32 or float64, not torch.float16.*image.float\(\)"),
     "integer image": (nn.Identity(), torch.arange(3), TypeError, r"not torch.int64: convert it with image.float\(\)"),
     "array image": (nn.Identity(), [1.0, 2.0], TypeError, "torch.Tensor, not list"),
@@ -261,6 +293,73 @@ def test_what_cannot_be_linearized_is_refused_in_one_sentence(case):
     with pytest.raises(error, match=words) as caught:
         Linearization(model, image)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_draws_is_refused_and_the_generator_left_as_found():
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="twice"):
+        Linearization(lambda x: x + 1e-9 * torch.rand(3), ONES)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def seeded(x):
+    torch.manual_seed(3)
+    return x * torch.rand(3)
+
+
+def of_a_generator_of_its_own(x):
+    return x * torch.rand(3, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("model", [seeded, of_a_generator_of_its_own])
+def test_a_model_that_draws_the_same_numbers_every_time_is_served(model):
+    with torch.random.fork_rng():
+        at = Linearization(model, ONES)
+        assert torch.equal(at.jvp(torch.eye(3)), model(ONES).diag())
+
+
+def test_numbers_that_another_thread_draws_are_not_the_models():
+    def respond(x):
+        thread = threading.Thread(target=torch.rand, args=(3,))
+        thread.start()
+        thread.join()
+        return x**2
+
+    with torch.random.fork_rng():
+        assert Linearization(respond, ONES).strategy == "recorded"
+
+
+def test_a_model_is_recorded_under_anomaly_detection_which_stays_on():
+    with torch.autograd.set_detect_anomaly(True):
+        at = Linearization(lambda x: x.sin(), ONES)
+        assert torch.is_anomaly_enabled()
+    assert (at.strategy, at.reason) == ("recorded", "")
+
+
+class Constant(fo.JacobianOperator):
+    """An operator of one more frame, in a file of the user's."""
+
+    def __init__(self, image):
+        super().__init__(lambda x: torch.ones(2), image)
+
+
+MAKERS = {
+    "FisherOperator": lambda: fo.FisherOperator(lambda x: torch.ones(2), ONES),
+    "JacobianOperator": lambda: fo.JacobianOperator(lambda x: torch.ones(2), ONES),
+    "a class of one's own": lambda: Constant(ONES),
+    "many": lambda: fo.eigendistortions_many(lambda x: torch.ones(len(x), 2), [ONES[None]], 1),
+    "Linearization": lambda: Linearization(lambda x: x.float().exp().double(), RAMP.double()),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_warning_points_to_the_first_line_outside_the_package(name):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        MAKERS[name]()
+    found = [w.filename for w in caught if re.search("does not depend on the image|rounds to float32", str(w.message))]
+    assert found
+    assert set(found) == {__file__}
 
 
 def test_batch_norm_in_training_mode_keeps_its_averages():

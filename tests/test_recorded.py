@@ -228,9 +228,174 @@ class Untransposed(torch.autograd.Function):
 
 
 def test_a_square_map_is_not_mistaken_for_its_transpose():
-    at = Linearization(Untransposed.apply, torch.ones(4))
+    with pytest.warns(UserWarning, match="confirms forward mode, and forward mode serves"):
+        at = Linearization(Untransposed.apply, torch.ones(4))
     eye = torch.eye(4)
-    assert torch.equal(at.jvp(eye).T, at.vjp(eye))
+    assert torch.equal(at.jvp(eye).T, Untransposed.matrix)
+    assert torch.equal(at.vjp(eye), Untransposed.matrix)
+
+
+def sine(backward=lambda u: u, jvp=lambda t: t):
+    """Return the sine, with a reverse rule and a forward rule that take their own way with a derivative."""
+
+    class Sine(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return x.sin()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def backward(ctx, u):
+            return backward(u * ctx.saved_tensors[0].cos())
+
+        @staticmethod
+        def jvp(ctx, t):
+            return jvp(t * ctx.saved_tensors[0].cos())
+
+    return Sine.apply
+
+
+def hooked(change):
+    """Return the sine, with a hook on its gradient."""
+
+    def respond(x):
+        y = x.sin()
+        if y.requires_grad:
+            y.register_hook(change)
+        return y
+
+    return respond
+
+
+def mixed(step, n, dtype):
+    """Return a model of one step after a matrix, its image, and the true Jacobian where the step is the sine."""
+    source = torch.Generator().manual_seed(n)
+    matrix = torch.randn(n, n, generator=source, dtype=dtype) / n**0.5
+    image = torch.rand(n, generator=source, dtype=dtype)
+    return (lambda x: step(matrix @ x)), image, (matrix @ image).cos()[:, None] * matrix
+
+
+CHANGES = {
+    "1 %": lambda u: 1.01 * u,
+    "200 %": lambda u: 3 * u,
+    "100 %": lambda u: 0 * u,
+    r"\d+": lambda u: u.clamp(-0.3, 0.3),  # not even linear
+}
+
+
+@pytest.mark.parametrize("make", [sine, hooked], ids=["Function", "hook"])
+@pytest.mark.parametrize("part", CHANGES)
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_a_gradient_that_is_no_derivative_is_not_believed_and_named(dtype, part, make):
+    model, image, dense = mixed(make(CHANGES[part]), 30, dtype)
+    with pytest.warns(UserWarning, match=f"reverse mode differ by {part}.*confirms forward mode") as caught:
+        at = Linearization(model, image)
+    assert len(caught) == 1
+    assert at.strategy == "recorded"
+    assert at.reason == str(caught[0].message)
+    eye = torch.eye(30, dtype=dtype)
+    assert_close(at.jvp(eye).T, dense)
+    assert_close(at.vjp(eye), dense)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize(("share", "n"), [(1, 307), (1, 762), (0.1, 20), (0.1, 160), (0.1, 517)])
+def test_a_forward_rule_off_by_a_percent_cannot_hide_in_rounding_and_a_right_result_is_no_cause_for_a_warning(
+    share, n, dtype
+):
+    wrong = torch.ones(n, dtype=dtype)
+    wrong[: int(share * n)] += 0.01
+    model, image, dense = mixed(sine(jvp=lambda t: t * wrong), n, dtype)
+    at = Linearization(model, image)
+    assert "a difference quotient confirms reverse mode" in at.reason
+    eye = torch.eye(n, dtype=dtype)
+    assert_close(at.jvp(eye).T, dense)
+    assert_close(at.vjp(eye), dense)
+
+
+def test_modes_of_which_neither_is_the_derivative_are_named():
+    straight = sine(jvp=lambda t: 2 * t)
+
+    def rounded(x):
+        return (4 * x).detach().sin().round() / 4 + straight(x) - straight(x).detach()
+
+    with pytest.warns(UserWarning, match="confirms neither, and reverse mode serves"):
+        at = Linearization(rounded, torch.rand(30, dtype=torch.float64))
+    assert_close(at.jvp(torch.eye(30).double()), at.image.cos().diag())
+    assert_close(at.vjp(torch.eye(30).double()), at.image.cos().diag())
+
+
+class StraightThrough(torch.autograd.Function):
+    """Rounding, with a gradient that passes through."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, u):
+        return u
+
+
+PASSES = {
+    "a Function": StraightThrough.apply,
+    "detach": lambda x: x + (x.round() - x).detach(),
+    "both modes": sine(lambda u: 2 * u, lambda t: 2 * t),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_gradient_made_on_purpose_is_the_derivative_where_forward_mode_does_not_deny_it(name):
+    at = Linearization(lambda x: PASSES[name](3 * x), torch.rand(20, dtype=torch.float64))
+    assert (at.strategy, at.reason) == ("recorded", "")
+    dense = 6 * (3 * at.image).cos().diag() if name == "both modes" else 3 * torch.eye(20).double()
+    assert_close(at.jvp(torch.eye(20).double()), dense)
+    assert_close(at.vjp(torch.eye(20).double()), dense)
+
+
+def test_forward_mode_that_is_not_a_number_gives_way_to_reverse_mode():
+    def respond(x):
+        return sine(jvp=lambda t: t * torch.nan)(x)
+
+    at = Linearization(respond, torch.rand(20, dtype=torch.float64))
+    assert (at.strategy, at.reason) == ("recorded", "")
+    assert_close(at.jvp(torch.eye(20).double()), at.image.cos().diag())
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_where_nothing_is_recorded_and_the_modes_differ_that_is_said_too(dtype):
+    model, image, _ = mixed(sine(lambda u: 1.01 * u if float(u.detach().sum()) > 0 else 1.01 * u.clone()), 30, dtype)
+    with pytest.warns(UserWarning, match="differ by 1 %.* confirms forward mode, and reverse mode serves"):
+        at = Linearization(model, image)
+    assert at.strategy == "double-backward"
+    assert "reads a value" in at.reason
+    assert "differ by 1 %" in at.reason
+
+
+@pytest.mark.parametrize("step", ["recorded", "forward-mode"])
+def test_what_the_model_holds_constant_is_constant_in_forward_mode_too(step):
+    def respond(x):
+        with torch.no_grad():
+            spread = x.std()
+        y = BranchOnCotangent.apply(x) if step == "forward-mode" else 2 * x
+        return y / spread
+
+    image = torch.rand(20, dtype=torch.float64)
+    with torch.no_grad():
+        at = Linearization(respond, image)
+        assert at.strategy == step
+        assert_close(at.jvp(torch.eye(20).double()), 2 / image.std() * torch.eye(20).double())
+    assert torch._C._is_fwd_grad_enabled()
+
+
+def test_a_model_without_contradictions_is_called_twice():
+    calls = []
+    Linearization(lambda x: (calls.append(1), x.sin() * x)[1], torch.rand(20))
+    assert len(calls) == 2
 
 
 class NumpySine(torch.autograd.Function):

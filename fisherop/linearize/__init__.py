@@ -23,6 +23,7 @@ from torch import Tensor
 from fisherop.linearize import variants
 from fisherop.linearize.autodiff import (
     Product,
+    cotangent_for,
     differentiable,
     double_backward,
     exact_arithmetic,
@@ -35,12 +36,16 @@ from fisherop.linearize.capture import Captured
 from fisherop.linearize.checks import (
     adjoint,
     buffers_kept,
+    check_precision,
     check_same_twice,
     checked_image,
     close,
     flat_response,
+    outside,
+    settled,
     weights,
 )
+from fisherop.linearize.modes import Verdict, judged
 from fisherop.linearize.program import Program, bound, bytes_of, code, memory_key
 from fisherop.linearize.record import RecordError, record
 from fisherop.linearize.watch import Watch
@@ -96,7 +101,8 @@ class Linearization:
         How the products are computed: ``"recorded"`` programs, ``"forward-mode"`` and a retained graph,
         ``"double-backward"``, or ``"constant"`` where the response does not depend on the image.
     reason : str
-        Why nothing better than this strategy served; empty for ``"recorded"``.
+        Why nothing better than this strategy served, and whether forward and reverse mode contradict each other, as
+        they do where a Function's `backward` is wrong; else empty.
     tuning : dict
         What was measured and chosen: the layout of images in memory, the variant of each large convolution, and the
         block size, which on a device is measured when blocks are first wanted.
@@ -122,7 +128,7 @@ class Linearization:
         self.tuning: dict[str, Any] = {}
         self._lock = threading.Lock()
         with buffers_kept(model):
-            self.response = self.respond(self.image)
+            self.response = settled(self.respond, self.image)
         self.shape = (self.response.numel(), self.image.numel())
         self._watch = Watch(weight for _, weight in weights(model))
         self._jvp, self._vjp = self._products(dict(tuning) if tuning is not None else None)
@@ -169,19 +175,18 @@ class Linearization:
 
     def _products(self, pinned: dict[str, Any] | None) -> tuple[Product, Product]:
         """Return J and its transpose as products with blocks, by the best strategy that passes its tests."""
+        self.reason = ""
         try:
             return self._recorded(pinned)
         except (RuntimeError, NotImplementedError) as error:
             self.reason = f"not recorded: {_first_line(error)}"
-        leaf = self.image.clone().requires_grad_()
-        with differentiable(), torch.enable_grad(), self._watch:
-            response = self._respond(leaf)
+        leaf, response = self._followed()
         check_same_twice(self.response, response.detach())
         if not response.requires_grad:
             self._warn_of_constant_response()
             return self._constant()
         transpose = _live(reverse_mode(leaf, response))
-        failures = [self.reason]
+        failures, verdict = [self.reason], None
         self.tuning = {"block": 1}  # less what a failed recording had chosen
         for name, build in (
             ("forward-mode", lambda: forward_mode(self._respond, self.image, self.shape[0])),
@@ -193,15 +198,32 @@ class Linearization:
                 self._check_adjoint(product, transpose)
             except (RuntimeError, NotImplementedError) as error:
                 failures.append(f"{name}: {_first_line(error)}")
+                if isinstance(error, _AdjointError) and name == "forward-mode":
+                    verdict = judged(self.respond, self.image, self.response, *error.probes)
             else:
                 self.strategy = name
+                self._tell(verdict, "reverse")
                 return product, transpose
         if self._precision == torch.float64 and all("adjoint test" in failure for failure in failures):
             self._precision = torch.float32
             products = self._products(pinned)
-            warnings.warn("the model rounds to float32 on its way: convert all of it for float64 results", stacklevel=5)
+            warnings.warn(
+                "the model rounds to float32 on its way: convert all of it for float64 results", stacklevel=outside()
+            )
             return products
         raise ValueError("this model cannot be linearized; " + "; ".join(failures))
+
+    def _followed(self) -> tuple[Tensor, Tensor]:
+        """Return an image and the model's response to it, with autograd's graph between them."""
+        leaf = self.image.clone().requires_grad_()
+        try:
+            with differentiable(), torch.enable_grad(), self._watch:
+                return leaf, self._respond(leaf)
+        except RuntimeError as error:
+            why = f"the model cannot be differentiated: {_first_line(error)}"
+            if "nference tensor" in why:
+                why = "the model was made under torch.inference_mode(), where autograd cannot go: make it outside of it"
+            raise ValueError(why) from error
 
     def _recorded(self, pinned: dict[str, Any] | None) -> tuple[Product, Product]:
         with differentiable():
@@ -212,6 +234,7 @@ class Linearization:
         if recording.jvp is None or recording.vjp is None:
             if (recording.jvp is None) != (recording.vjp is None):
                 raise RecordError("forward and reverse mode disagree on whether the response depends on the image")
+            self._tell(recording.verdict)
             return self._constant()
         self.strategy = "recorded"
         slopes: dict[Any, tuple[Tensor, list[Tensor]]] = {}
@@ -220,6 +243,7 @@ class Linearization:
         for program in programs.values():
             program.part_from(written)
             program.simplified(slopes)
+            check_precision(program.dtypes(), self.dtype)
         with torch.no_grad(), exact_arithmetic():
             for name, program in programs.items():
                 self.tuning |= variants.choose(program, name, pinned, self.device)
@@ -229,6 +253,7 @@ class Linearization:
         if "block" not in self.tuning:
             self._best_block = lambda: _best_block(blocks, _room(self.device, peak), peak)[1]
         self._hold(programs.values())
+        self._tell(recording.verdict)
         return blocks[0], blocks[1]
 
     def _tuned(
@@ -284,8 +309,10 @@ class Linearization:
         return lambda t: t.new_zeros(len(t), m), lambda u: u.new_zeros(len(u), n)
 
     def _check_adjoint(self, jvp: Product, vjp: Product) -> None:
-        v, u = random_like(self.image.reshape(1, -1), self.response[None])
-        self._check_adjoint_of(v, jvp(v), u, vjp(u))
+        (v,) = random_like(self.image.reshape(1, -1))
+        jv = jvp(v)
+        u = cotangent_for(v, jv, jv)
+        self._check_adjoint_of(v, jv, u, vjp(u))
 
     def _check_adjoint_of(self, v: Tensor, jv: Tensor, u: Tensor, jtu: Tensor) -> None:
         """Refuse two products that are not each other's transpose: <Jv, u> = <v, J^T u>."""
@@ -294,8 +321,16 @@ class Linearization:
                 "the derivative of the response holds NaN or infinity at this image: is a square root at 0?"
             )
         if not adjoint(v, jv, u, jtu, self._precision):
-            left, right = (a.double().flatten() @ b.double().flatten() for a, b in ((jv, u), (v, jtu)))
-            raise RuntimeError(f"the adjoint test fails: <Jv, u> = {left:.9g}, <v, J'u> = {right:.9g}")
+            raise _AdjointError(v, jv, u, jtu)
+
+    def _tell(self, verdict: Verdict | None, served: str = "") -> None:
+        """Say where forward and reverse mode contradict each other; warn unless what serves is sure to be meant."""
+        if verdict is None:
+            return
+        words = verdict.words(served or ("forward" if verdict.forward else "reverse"))
+        self.reason = "; ".join(filter(None, [self.reason, words]))
+        if not verdict.reverse:
+            warnings.warn(words, stacklevel=outside())
 
     def _warn_of_constant_response(self) -> None:
         """Tell a response that ignores the image from one that autograd cannot follow."""
@@ -305,7 +340,16 @@ class Linearization:
                 "the response changes with the image, but autograd cannot see how: remove .detach(), torch.no_grad() "
                 "and NumPy calls from the model, or write a torch.autograd.Function for that step"
             )
-        warnings.warn("the response does not depend on the image: its Fisher matrix is zero", stacklevel=6)
+        warnings.warn("the response does not depend on the image: its Fisher matrix is zero", stacklevel=outside())
+
+
+class _AdjointError(RuntimeError):
+    """Two products that are not each other's transpose, with the vectors that show it."""
+
+    def __init__(self, *probes: Tensor) -> None:
+        v, jv, u, jtu = (part.double().flatten() for part in probes)
+        super().__init__(f"the adjoint test fails: <Jv, u> = {jv @ u:.9g}, <v, J'u> = {v @ jtu:.9g}")
+        self.probes = probes
 
 
 class _Block:

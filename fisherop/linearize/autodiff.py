@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,6 +37,7 @@ def differentiable() -> Iterator[None]:
 
     with _SWITCHES, ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.autograd.set_detect_anomaly(False))  # it reads values of every gradient
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(exact_arithmetic())
         if "apply" not in vars(CheckpointFunction):
@@ -110,10 +113,20 @@ def reverse_mode(leaf: Tensor, response: Tensor) -> Product:
 
 @contextmanager
 def dual_level() -> Iterator[None]:
-    """Enter torch's one level of forward mode."""
-    with forward_ad.dual_level():
+    """Enter torch's one level of forward mode, where `torch.no_grad` holds values constant as in reverse mode."""
+    with forward_ad.dual_level(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _HeldConstant():
         _load_rules_of_forward_mode()
         yield
+
+
+class _HeldConstant(TorchFunctionMode):
+    """Switch forward mode off and on with reverse mode: torch itself does so for a Function alone."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch._C._set_grad_enabled:
+            torch._C._set_fwd_grad_enabled(*args)
+        return result
 
 
 @cache
@@ -157,6 +170,19 @@ def random_like(*tensors: Tensor) -> list[Tensor]:
     """
     source = torch.Generator("cpu").manual_seed(0)
     return [torch.randn(t.shape, generator=source, dtype=t.dtype, device="cpu").to(t.device) for t in tensors]
+
+
+def cotangent_for(image: Tensor, response: Tensor, change: Tensor | None) -> Tensor:
+    """Return a random vector to multiply by the transpose of J; it points the way of a change of the response.
+
+    Then <change, cotangent> is a sum of mostly positive terms, at least half as large as without signs: an error of one
+    of the two products cannot cancel in it, as it can in a sum of random signs.
+    """
+    _, source = random_like(image, response)
+    length = 0.0 if change is None else float(change.detach().double().norm())
+    if change is None or not 0 < length < math.inf:
+        return source
+    return change.detach() / (length / change.numel() ** 0.5) + source.sign() / 2
 
 
 def bytes_written(call: Callable[[], object]) -> int:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fisherop.linearize.watch import Draws
+
+PACKAGE = str(Path(__file__).parents[1]) + os.sep
+DIFFERS = "the model answers differently to the same image twice: call model.eval(), or fix the seed of its noise"
 
 
 def flat_response(output: Any, image: Tensor) -> Tensor:
@@ -74,6 +82,10 @@ def checked_image(model: Callable[[Tensor], Any], image: Tensor) -> Tensor:
         raise TypeError(f"image must be a torch.Tensor, not {type(image).__name__}: use torch.from_numpy or as_tensor")
     if image.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"image must be float32 or float64, not {image.dtype}: convert it with image.float()")
+    if image.layout is not torch.strided:
+        raise TypeError(f"image is sparse ({image.layout}): convert it with image.to_dense()")
+    if image.is_meta:
+        raise ValueError("image is on the meta device, which holds no values: make it on the model's device")
     if image.numel() == 0:
         raise ValueError(f"image of shape {tuple(image.shape)} is empty")
     if image.ndim == 4 and len(image) != 1:
@@ -104,13 +116,48 @@ def weights(model: Any) -> Iterator[tuple[str, Tensor]]:
         yield from model.named_buffers()
 
 
+def check_precision(dtypes: Iterable[torch.dtype], wanted: torch.dtype) -> None:
+    """Refuse derivatives that are computed in fewer bits than float32 has: J and its transpose round differently."""
+    for dtype in dtypes:
+        if dtype.is_floating_point and dtype.itemsize < 4:
+            raise ValueError(f"the model computes in {dtype}: run all of it in {wanted}, and switch autocast off")
+
+
 def check_same_twice(first: Tensor, second: Tensor) -> None:
-    """Refuse a model that draws random numbers."""
+    """Refuse a model that draws random numbers, where that shows."""
     same = first.shape == second.shape and close(first, second, first.norm())
     if not same:
-        raise ValueError(
-            "the model answers differently to the same image twice: call model.eval(), or fix the seed of its noise"
-        )
+        raise ValueError(DIFFERS)
+
+
+def settled(respond: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+    """Return the response; refuse a model that draws random numbers from torch's generators, and leave these as found.
+
+    A rare dropout need not show in two responses. A model that seeds a generator itself is none of these: it leaves it
+    in the same state at every call.
+    """
+    before = _generators(image.device)
+    response = respond(image)
+    after = _generators(image.device)
+    if not _differ(before, after):
+        return response
+    with Draws() as draws:
+        respond(image)
+    if draws.seen and _differ(after, _generators(image.device)):  # and not another thread alone
+        torch.set_rng_state(before[0])
+        if image.is_cuda:
+            torch.cuda.set_rng_state(before[1], image.device)
+        raise ValueError(DIFFERS)
+    return response
+
+
+def _generators(device: torch.device) -> list[Tensor]:
+    """Return the states of torch's generators that a model on a device may draw from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _differ(before: list[Tensor], after: list[Tensor]) -> bool:
+    return not all(map(torch.equal, before, after))
 
 
 @contextmanager
@@ -129,16 +176,27 @@ def buffers_kept(model: Any) -> Iterator[None]:
         raise ValueError(f"the model is in training mode and writes {written[0]} at each call: call model.eval()")
 
 
+def outside() -> int:
+    """Return the stacklevel at which a warning of the caller's names the first frame outside this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def close(a: Tensor, b: Tensor, scale: Tensor) -> bool:
     """Tell whether two results of one computation differ by rounding alone."""
     return bool((a - b).norm() <= 1e3 * torch.finfo(scale.dtype).eps * scale)
 
 
-def adjoint(v: Tensor, jv: Tensor, u: Tensor, jtu: Tensor, dtype: torch.dtype | None = None) -> bool:
+def adjoint(
+    v: Tensor, jv: Tensor, u: Tensor, jtu: Tensor, dtype: torch.dtype | None = None, slack: float = 1e3
+) -> bool:
     """Tell whether <Jv, u> = <v, J'u> up to rounding, in their own dtype by default.
 
-    Each term's rounding is taken as independent of the others'.
+    Each term's rounding is taken as independent of the others', but for a small part that all may have in common, that
+    of a normalization say.
     """
     left, right = jv.double().flatten() * u.double().flatten(), v.double().flatten() * jtu.double().flatten()
-    tolerance = 1e3 * torch.finfo(dtype or jv.dtype).eps * (left.norm() + right.norm())
-    return bool((left.sum() - right.sum()).abs() <= tolerance)
+    rounding = left.norm() + right.norm() + 0.1 * (left.sum().abs() + right.sum().abs())
+    return bool((left.sum() - right.sum()).abs() <= slack * torch.finfo(dtype or jv.dtype).eps * rounding)

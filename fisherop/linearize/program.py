@@ -40,6 +40,10 @@ class Program:
             alive -= sum(_node_bytes(used) for used in {*node.all_input_nodes} if last[used] is node)
         return max(peak, 1)
 
+    def dtypes(self) -> set[torch.dtype]:
+        """Return the dtypes of its values."""
+        return {node.meta["dtype"] for node in self.graph.nodes if "dtype" in node.meta}
+
     def simplified(self, derivatives: dict[Any, tuple[Tensor, list[Tensor]]]) -> Program:
         """Remove what does nothing, fold constants, and write every linear step in its plainest form.
 

@@ -17,10 +17,14 @@ from torch import Tensor, fx
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fisherop.linearize.autodiff import Product, dual_level, random_like
+from fisherop.linearize.autodiff import Product, cotangent_for, dual_level, random_like
 from fisherop.linearize.checks import adjoint
+from fisherop.linearize.modes import Verdict, judged
 from fisherop.linearize.program import Program, aten, compiled, memory_key
 from fisherop.linearize.watch import Watch
+
+DOUBT = 100
+"""Roundings that forward and reverse mode may differ by: four times as many as in any network of torchvision's."""
 
 
 class RecordError(RuntimeError):
@@ -40,7 +44,9 @@ class Recording:
     depends : bool
         Whether autograd sees the response depend on the image at all.
     probes : dict of str to (Tensor, Tensor)
-        For "J" and "Jt": a random vector, and its product by autograd itself.
+        For "J" and "Jt": a vector, and its product by autograd itself.
+    verdict : Verdict or None
+        Where forward and reverse mode contradict each other: which of them is right.
     """
 
     response: Tensor
@@ -48,6 +54,7 @@ class Recording:
     vjp: Program | None
     depends: bool
     probes: dict[str, tuple[Tensor, Tensor]]
+    verdict: Verdict | None = None
 
 
 def record(respond: Product, image: Tensor, watch: Watch) -> Recording:
@@ -55,14 +62,16 @@ def record(respond: Product, image: Tensor, watch: Watch) -> Recording:
 
     J comes from forward-mode differentiation, which runs beside the primal pass; its transpose from the primal's own
     graph, so that nothing is differentiated twice. Both read the same intermediate values. Where an operation has no
-    forward mode, J is the derivative of the recorded transpose, which is linear. What the model reads is watched.
+    forward mode, J is the derivative of the recorded transpose, which is linear. Where the two contradict each other,
+    one is the derivative of the other: of reverse mode's, unless a difference quotient confirms forward mode. What the
+    model reads is watched.
     """
     leaf = image.clone().requires_grad_()
     (tangent,) = random_like(image)
     response, change, jvp = _forward(respond, leaf, tangent, watch)
     if not response.requires_grad:
         return Recording(response.detach(), None, None, False, {})
-    _, cotangent = random_like(image, response)
+    cotangent = cotangent_for(image, response, change)
     try:
         vjp, gradient = _backward(response, leaf, cotangent)
     except RuntimeError:
@@ -72,10 +81,18 @@ def record(respond: Product, image: Tensor, watch: Watch) -> Recording:
         with torch.enable_grad():
             response = respond(leaf)
         vjp, gradient = _backward(response, leaf, cotangent)
-    if change is None or not adjoint(tangent, change.detach(), cotangent, gradient):
+    response, verdict = response.detach(), None
+    change = change.detach() if change is not None and change.isfinite().all() else None
+    if change is not None and not adjoint(tangent, change, cotangent, gradient, slack=DOUBT):
+        verdict = judged(respond, image, response, tangent, change, cotangent, gradient)
+        if verdict is not None and verdict.forward:
+            vjp, gradient = _transposed(jvp, tangent, cotangent)
+        else:
+            change = None
+    if change is None:
         jvp, change = _transposed(vjp, cotangent, tangent)
-    probes = {"J": (tangent, change.detach()), "Jt": (cotangent, gradient)}
-    return Recording(response.detach(), jvp, vjp, True, probes)
+    probes = {"J": (tangent, change), "Jt": (cotangent, gradient)}
+    return Recording(response, jvp, vjp, True, probes, verdict)
 
 
 def _backward(response: Tensor, leaf: Tensor, cotangent: Tensor) -> tuple[Program | None, Tensor]:

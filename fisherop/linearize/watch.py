@@ -1,4 +1,4 @@
-"""The tensors that a model reads, and whether they have been written since it was linearized."""
+"""What a model reads, and whether that has been written since it was linearized; and what it draws."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -63,6 +64,17 @@ class Watch(TorchDispatchMode):
 
     def _alive(self) -> Iterable[tuple[Tensor, int]]:
         return ((tensor, version) for ref, version in self._seen.values() if (tensor := ref()) is not None)
+
+
+class Draws(TorchDispatchMode):
+    """Note whether operations of this thread draw random numbers from torch's own generators."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.seen |= torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None
+        return func(*args, **kwargs)
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
