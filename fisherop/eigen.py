@@ -212,6 +212,8 @@ def known(name: Any, names: tuple[str, ...], what: str) -> str:
 
 def advice(result: Eigendistortions, control: Control, method: str, doubt: str, note: str = "") -> str:
     """Return why a result is not all that was asked for, and what to change."""
+    if result.converged.all() and note:
+        return f"all {len(result)} pairs are eigenpairs, but {note}"
     if result.converged.all():
         remedy = "let the callback go on" if control.stopped else "raise maxiter"
         return f"all {len(result)} pairs are eigenpairs, but {method!r} was {doubt}: {remedy}"

@@ -190,7 +190,7 @@ def _solved(
     found = yield from backend.steps(op, request, control)
     result = yield from certificate.certify_steps(op, request, found, name, reason, probe=probe)
     wanting = bool(found.doubt) or (result.lambda_max > 0 and not result.converged.all())
-    return result, advice(result, control, name, found.doubt) if wanting else ""
+    return result, advice(result, control, name, found.doubt, found.note) if wanting else ""
 
 
 def _side_by_side(together: FisherBatch, steps: Sequence[Steps[Answer]]) -> list[Answer]:

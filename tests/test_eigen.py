@@ -562,3 +562,17 @@ def test_start_vectors_are_not_written(method):
     kept = v0.clone()
     solve(matrix, 2, "LM", method, v0=v0)
     assert torch.equal(v0, kept)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_null_space_that_is_not_there_is_never_silently_another_pair(seed):
+    with pytest.warns(fo.ConvergenceWarning, match="no null space of dimension 1 was found: use method='lanczos'"):
+        fo.eigendistortions(np.diag([1.0, 0.1]), 1, "SM", "nullspace", rng=seed)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "nullspace"])
+def test_a_null_vector_to_start_from_is_not_taken_for_all(method):
+    matrix = np.diag(np.r_[np.linspace(1, 0.2, 140), np.zeros(60)])
+    result = solve(matrix, 1, "LM", method, v0=np.eye(200)[-1], maxiter=4000)
+    assert result.lambda_max > 0.5
+    assert_right(result, matrix)

@@ -63,8 +63,11 @@ def solve(op: RowOperator, request: Request, control: Control) -> Found:
         independent, _ = _independent(projection.rows)
     rows = unit(projection.rows)
     null, missing = orthonormal(rows), request.smallest - min(independent, int((projection.kept > least).sum()))
-    note = f"no null space of dimension {request.smallest} was found: use method='lanczos'" if missing else ""
-    return replace(above, vectors=torch.cat([top, null]), note=note)
+    found = replace(above, vectors=torch.cat([top, null]))
+    if not missing:
+        return found
+    note = f"no null space of dimension {request.smallest} was found: use method='lanczos'"
+    return replace(found, note=note, doubt=above.doubt or "other pairs may be smaller")
 
 
 def _independent(rows: Tensor) -> tuple[int, float]:
