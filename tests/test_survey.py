@@ -284,7 +284,7 @@ def test_fingerprint_of_a_module_needs_neither_trees_nor_picklable_attributes():
 
 FUNCTIONS = """
 import functools, torch, types
-scale, table, _cache = {gain}, [1.0, {gain}], {{}}
+scale, table, _cache, setup = {gain}, [1.0, {gain}], {{}}, types.SimpleNamespace(gain={gain})
 
 def plain(x, power=1):
     "Any words."
@@ -309,6 +309,7 @@ class Scaled:
 
 functions = {{
     "instructions": plain, "of a list": lambda x: table[1] * x, "global": lambda x: scale * x, "called": calls,
+    "of an object": lambda x: setup.gain * x,
     "closure": closure(), "default": lambda x, by=scale: by * x, "keyword": (lambda: lambda x, *, by=scale: by * x)(),
     "constant": lambda x: 1 if x in ("a", "b", {gain}) else {{"a", "b"}},
     "method": types.MethodType(lambda self, x: self.by * x, types.SimpleNamespace(by={gain})),

@@ -405,6 +405,9 @@ def _plain(x: Any, known: dict[int, str], depth: int = 2) -> Any:
 _LIBRARIES = ("torch", "torchvision", "numpy", "scipy")
 """The packages whose functions are known by name: another version of them is no other model."""
 
+_HOLDERS = ("builtins", "collections", "types", "argparse")
+"""The packages whose objects may hold what a function reads; those of others, as a logger, have a life of their own."""
+
 
 def _is_read(x: Any) -> bool:
     """Tell whether something is a function in Python, or a method, that is known by what it does."""
@@ -421,9 +424,9 @@ def _package(x: Any) -> str:
 def _read(x: Any, known: dict[int, str]) -> list[Any]:
     """Return what a function computes with, in plain data: instructions, defaults, and variables from around it.
 
-    Of global variables only those that it reads count: values, and functions of its own package, of which private ones
-    only functions, for a cache is no part of what a function does. `known` has the functions met, for they may call
-    each other.
+    Of global variables only those that it reads count: values, but for private ones, for a cache is no part of what a
+    function does; and functions, by what they do where they are of its own package. `known` has the functions met, for
+    they may call each other.
     """
     known[id(x)] = f"function {len(known)}"
     cells = zip(x.__code__.co_freevars, x.__closure__ or (), strict=True)
@@ -440,7 +443,8 @@ def _global(x: Any, name: str, known: dict[int, str]) -> Any:
     value = x.__globals__[name]
     if isinstance(value, FunctionType):
         return _plain(value, known) if _package(value) == _package(x) else _path(value)
-    return "" if name.startswith("_") else _plain(value, known, 0)
+    own = type(value).__module__.partition(".")[0] in (_package(x), *_HOLDERS)
+    return "" if name.startswith("_") else _plain(value, known, 2 if own else 0)
 
 
 def _global_names(code: CodeType) -> set[str]:
