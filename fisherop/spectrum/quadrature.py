@@ -200,7 +200,7 @@ class Measures:
 
     def judged(self, f: Functional) -> Judged:
         """Return the sum of f over the eigenvalues."""
-        return between(*self.bounds(f))
+        return between(*self.bounds(f), torch.finfo(self.vectors.dtype).eps)
 
 
 def rounding(op: RowOperator, lambda_max: float) -> float:
