@@ -90,9 +90,9 @@ class AtMost:
         at = max(self.threshold, floor, least(torch.float64))  # not at the only node of F = 0
         nodes, weights = radau(alpha, beta, np.full(len(alpha), at))
         off = np.abs(nodes - at)
-        open_ = (off <= floor / 2) | (off == off.min(1, keepdims=True))
-        low = (weights * (~open_ & (nodes < at))).sum(1)
-        return low, low + (weights * open_).sum(1)
+        unsure = (off <= floor / 2) | (off == off.min(1, keepdims=True))
+        low = (weights * (~unsure & (nodes < at))).sum(1)
+        return low, low + (weights * unsure).sum(1)
 
 
 def at_most(threshold: float, floor: float) -> AtMost:
