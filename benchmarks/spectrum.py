@@ -2,6 +2,7 @@
 
     python benchmarks/spectrum.py coverage --runs 400
     python benchmarks/spectrum.py coverage --runs 400 --rtol 0.02 --estimates trace
+    python benchmarks/spectrum.py coverage --runs 1000 --probes 4 --estimates trace "Frobenius norm" --operators i^-2
     python benchmarks/spectrum.py accuracy --runs 40          with matfree and skerch, where they are installed
 
 Eight operators with n about 2000, whose truth is a dense eigendecomposition: five spectra, and the Fisher matrices of
@@ -96,8 +97,7 @@ def estimates(mu: float, options: dict[str, Any]) -> dict[str, Callable[[Any, in
     }
 
 
-def coverage(names: list[str], wanted: list[str], runs: int, rtol: float | None) -> None:
-    options = {} if rtol is None else {"rtol": rtol}
+def coverage(names: list[str], wanted: list[str], runs: int, options: dict[str, Any]) -> None:
     print("| operator | estimate | interval holds truth, % | error, rms, % | said / true spread | products |")
     print("|---|---|---|---|---|---|")
     for name in names:
@@ -230,9 +230,12 @@ def main() -> None:
     parser.add_argument("--estimates", nargs="+", default=[*truths(np.ones(9)), "map"])
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--rtol", type=float)
+    parser.add_argument("--probes", type=int)
     args = parser.parse_args()
     if args.table == "coverage":
-        coverage(args.operators, args.estimates, args.runs, args.rtol)
+        options = {"rtol": args.rtol, "n_probes": args.probes}
+        given = {name: value for name, value in options.items() if value is not None}
+        coverage(args.operators, args.estimates, args.runs, given)
     else:
         accuracy(args.operators, args.runs)
 

@@ -172,7 +172,7 @@ def test_critical_value_is_students_without_a_gap_and_one_sided_with_a_wide_one(
     assert critical(0.0, 10**6) == pytest.approx(1.95996, abs=1e-4)
     assert critical(1e9, 10**6) == pytest.approx(1.64485, abs=1e-4)
     assert critical(0.0, 7) == pytest.approx(2.36462, abs=1e-4)
-    found = between(np.zeros(8), np.ones(8))
+    found = between(np.zeros(8), np.ones(8), 0.0)
     assert (found.low, found.high) == (pytest.approx(0), pytest.approx(1))
 
 
@@ -216,7 +216,16 @@ def test_all_eigenvalues_are_no_larger_than_the_largest(dtype, rest, monkeypatch
     op = hidden(np.where(np.arange(N) < 20, 1, rest).astype(dtype))
     density = fo.spectral_density(op, 4, steps=9, rng=0)
     for found in (fo.count(op, 1.0, 4, rng=0), density.count(1.0)):
-        assert (found.low, found.high) == (pytest.approx(N, rel=1e-12), N)
+        assert (found.low, found.high) == (pytest.approx(N, rel=10 * float(np.finfo(dtype).eps)), N)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_count_whose_pairs_are_all_known_is_right_to_rounding(dtype):
+    op = hidden(np.append(np.linspace(0.5, 1, 10), np.zeros(4990)).astype(dtype))
+    for seed in range(12):
+        found = spectrum.nullity(op, 4, rng=seed)
+        assert found.low <= 4990 <= found.high
+        assert found.high - found.low <= 3e5 * np.finfo(dtype).eps
 
 
 @given(seeds, st.integers(2, 40))

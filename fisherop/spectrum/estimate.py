@@ -226,8 +226,8 @@ def mean_of(samples: Floats, known: float, eps: float) -> Judged:
     )
 
 
-def between(lows: Floats, highs: Floats) -> Judged:
-    """Return a mean of which samples are known up to bounds.
+def between(lows: Floats, highs: Floats, eps: float) -> Judged:
+    """Return a mean of which samples are known up to bounds, from products rounded to eps.
 
     The interval holds the mean with probability 0.95 wherever it lies between the means of the bounds: Imbens and
     Manski (2004), "Confidence intervals for partially identified parameters", eq. 7, with Student's distribution.
@@ -237,8 +237,8 @@ def between(lows: Floats, highs: Floats) -> Judged:
     spread = float(middle.std(ddof=1) / np.sqrt(count))
     low, high = float(lows.mean()), float(highs.mean())
     reach = critical((high - low) / spread if spread > 0 else np.inf, count - 1) * spread
-    # Sums of rounded numbers: an interval is not narrower than what rounding leaves of the value.
-    rounding = 4 * np.finfo(np.float64).eps * float(np.abs(middle).mean())
+    # An interval is not narrower than what rounding leaves of the value.
+    rounding = 4 * eps * float(np.abs(middle).mean())
     return Judged((low + high) / 2, spread, low - reach - rounding, high + reach + rounding)
 
 

@@ -90,9 +90,9 @@ class AtMost:
         at = max(self.threshold, floor, least(torch.float64))  # not at the only node of F = 0
         nodes, weights = radau(alpha, beta, np.full(len(alpha), at))
         off = np.abs(nodes - at)
-        open_ = (off <= floor / 2) | (off == off.min(1, keepdims=True))
-        low = (weights * (~open_ & (nodes < at))).sum(1)
-        return low, low + (weights * open_).sum(1)
+        unsure = (off <= floor / 2) | (off == off.min(1, keepdims=True))
+        low = (weights * (~unsure & (nodes < at))).sum(1)
+        return low, low + (weights * unsure).sum(1)
 
 
 def at_most(threshold: float, floor: float) -> AtMost:
@@ -200,7 +200,7 @@ class Measures:
 
     def judged(self, f: Functional) -> Judged:
         """Return the sum of f over the eigenvalues."""
-        return between(*self.bounds(f))
+        return between(*self.bounds(f), torch.finfo(self.vectors.dtype).eps)
 
 
 def rounding(op: RowOperator, lambda_max: float) -> float:
