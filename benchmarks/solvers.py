@@ -29,7 +29,7 @@ import fisherop as fo
 from fisherop.certificate import certify
 from fisherop.rows import RowOperator
 from fisherop.solvers import BACKENDS, Control, Found, Request, exact, lanczos, nullspace
-from fisherop.solvers.contract import largest_ritz_value
+from fisherop.solvers.contract import largest_ritz_pair
 
 N = 2000
 DENSE = 7000
@@ -45,6 +45,9 @@ SPECTRA = {
     "isolated": np.append(np.linspace(1, 0.032, N - 1), 4.3e-5),
     "clusters": np.concatenate([np.ones(50), np.linspace(0.9, 0.2, N - 100), np.full(50, 0.1)]),
     "close": np.concatenate([[1, 1 - 1e-5], np.linspace(0.9, 0.1, N - 2)]),
+    "crowd": np.concatenate(
+        [[1 + 4e-5], np.ones(400), np.linspace(0.9, 0.2, N - 802), np.full(400, 0.01 + 4e-5), [0.01]]
+    ),
 }
 
 
@@ -188,10 +191,8 @@ def measure(op: Any, truth: np.ndarray | None, method: str, request: Request) ->
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
     seconds, used = time.perf_counter() - start, operator.n_matvec - before
-    if truth is not None:
-        found = dataclasses.replace(found, lambda_max=float(truth[0]))
-    elif not found.lambda_max:
-        found = dataclasses.replace(found, lambda_max=largest_ritz_value(operator, request, steps=40))
+    if found.top is None:
+        found = dataclasses.replace(found, top=largest_ritz_pair(operator, request, steps=40)[1])
     result = certify(operator, request, found, method)
     error = "-" if truth is None else f"{np.abs(result.eigenvalues - truth[result.index]).max() / truth[0]:.1e}"
     counted = f"{used:8d} {used / request.k:8.1f} {control.iteration:6d}" if used else f"{'-':>8} {'-':>8} {'-':>6}"

@@ -203,7 +203,7 @@ def test_a_crowd_is_seldom_taken_for_the_one_beyond_it(end, gap):
     values = np.r_[np.linspace(1, 0.2, 199), below] if end == "smallest" else np.r_[above, np.linspace(0.9, 0.1, 199)]
     op, wanted = np.diag(values), (0, 1) if end == "smallest" else (1, 0)
     wrong = sum(error(run(op, *wanted, seed=seed)[0], values) > 1e-6 for seed in range(20))
-    assert wrong <= 4
+    assert wrong <= 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -33,7 +33,7 @@ from fisherop.solvers.space import SearchSpace, eye, shelves
 
 BASIS_ROWS = 1500
 SAFETY = 0.9  # part of the tolerance used: tracked residuals and the certificate's differ by rounding
-LAST = 0.3  # of the tolerance, that the last pair of an end is brought to for what it says of those beyond it
+LAST = 0.1  # of the tolerance, that the last pair of an end is brought to for what it says of those beyond it
 ROUNDINGS = 20  # units of rounding, that a residual is not asked to come below
 NEAR_ZERO = 1000  # tolerances: pairs of the large end that are no larger may be null vectors in place of others
 LOOKS = 3  # more that are taken at them
