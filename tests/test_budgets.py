@@ -24,8 +24,8 @@ SPECTRA = {
 }
 PRODUCTS = {
     ("lanczos", "smooth", "LM"): 47,
-    ("lanczos", "smooth", "SM"): 254,
-    ("lanczos", "smooth", "BE"): 231,
+    ("lanczos", "smooth", "SM"): 287,
+    ("lanczos", "smooth", "BE"): 265,
     ("lanczos", "flat", "LM"): 160,
     ("lanczos", "flat", "SM"): 189,
     ("lanczos", "flat", "BE"): 130,

@@ -73,7 +73,7 @@ def _one_end(
         return product - (product @ found.T) @ found
 
     # One vector is all that such a solver starts from: the sum has a part of every vector given.
-    start = request.start(op, count, smallest=sign < 0, blurred=True).sum(0).double()
+    start = request.start(op, count, smallest=sign < 0, blurred=sign > 0).sum(0).double()
     try:
         values, rows = largest(scaled, op.n, count, start, request.tol)
         for _ in range(count if count > 1 else 0):
