@@ -84,15 +84,19 @@ def checked_image(model: Callable[[Tensor], Any], image: Tensor) -> Tensor:
         raise TypeError(f"image must be float32 or float64, not {image.dtype}: convert it with image.float()")
     if image.layout is not torch.strided:
         raise TypeError(f"image is sparse ({image.layout}): convert it with image.to_dense()")
-    if image.is_meta:
-        raise ValueError("image is on the meta device, which holds no values: make it on the model's device")
     if image.numel() == 0:
         raise ValueError(f"image of shape {tuple(image.shape)} is empty")
     if image.ndim == 4 and len(image) != 1:
         raise ValueError(
             f"image has a batch dimension of {len(image)}, and an operator belongs to one image: pass image[i : i + 1]"
         )
-    if not torch.isfinite(image).all():
+    try:
+        finite = bool(torch.isfinite(image).all())
+    except (NotImplementedError, RuntimeError) as error:
+        if not image.is_meta:
+            raise
+        raise ValueError("image is on the meta device, which holds no values: make it on the model's") from error
+    if not finite:
         raise ValueError("image holds NaN or infinity: replace these pixels first")
     for name, weight in weights(model):
         if weight.device != image.device:
