@@ -18,7 +18,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from fisherop.algebra import TensorOperator
-from fisherop.linearize import Linearization
+from fisherop.linearize import Linearization, exact_arithmetic
 from fisherop.noise import Noise, checked_noise, precision_at
 from fisherop.restrict import subspace
 
@@ -76,7 +76,9 @@ class InformationOperator(TensorOperator):
         """
         shape = self.image_shape
         own = vectors.to(self.device, self.torch_dtype)
-        return self.expand(own).reshape(len(vectors), *(shape[1:] if len(shape) > 1 and shape[0] == 1 else shape))
+        with exact_arithmetic():
+            images = self.expand(own)
+        return images.reshape(len(vectors), *(shape[1:] if len(shape) > 1 and shape[0] == 1 else shape))
 
     def from_image(self, images: Tensor) -> Tensor:
         """Return images as vectors of the operator's space, rows of shape (b, r): orthogonally projected on it.
@@ -87,7 +89,8 @@ class InformationOperator(TensorOperator):
             One image or several, b times as many entries as an image has.
         """
         own = images.detach().to(self.device, self.torch_dtype)
-        return self.project(own.reshape(-1, self.image_shape.numel()))
+        with exact_arithmetic():
+            return self.project(own.reshape(-1, self.image_shape.numel()))
 
     def refresh(self) -> None:
         """Linearize again, at the same image, after the model's weights were changed."""

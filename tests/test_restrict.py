@@ -473,3 +473,15 @@ def test_an_operator_without_its_transpose_is_made_dense():
     bare = LinearOperator(BASIS.shape, lambda x: BASIS @ x, dtype=float)
     F, dense = (fo.FisherOperator(*build("dict"), within=B) @ np.eye(4) for B in (bare, BASIS))
     np.testing.assert_allclose(F, dense)
+
+
+def test_autocast_rounds_neither_images_nor_coordinates():
+    F = fo.FisherOperator(*build("dict", torch.float32), within=BASIS)
+    images = torch.rand(2, *F.image_shape[1:], generator=torch.Generator().manual_seed(0))
+    rows = F.from_image(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(F.from_image(images), rows)
+        again = F.to_image(rows)
+        result = fo.eigendistortions(F, 2, "SM", "lanczos", rng=0, v0=images)
+    assert torch.equal(again, F.to_image(rows))
+    assert result.converged.all()
