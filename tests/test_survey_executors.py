@@ -155,9 +155,10 @@ def test_survey_never_computes_with_another_surveys_model(tmp_path, make):
 
 
 def test_threads_keep_no_model_when_the_survey_is_over(tmp_path):
+    before = set(work._models)
     with ThreadPoolExecutor(2) as pool:
         run(tmp_path, {"m": partial(scaled, 2.0)}, None, None, executor=pool)
-    assert not work._models
+    assert set(work._models) <= before
 
 
 def test_worker_that_lives_on_reads_a_file_of_weights_again_when_it_changed(tmp_path):
