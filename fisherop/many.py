@@ -132,6 +132,8 @@ def eigendistortions_many(
     stacked = _stacked(images)
     count = len(stacked)
     _check_arguments(method, maxiter, certify, batch, v0, count)
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function of an image's number and its Progress, not {callback!r}")
     noise, streams = checked_noise(noise), _streams(rng, count)
     checked_image(model, stacked[:1])
     with buffers_kept(model):

@@ -415,6 +415,7 @@ def test_a_response_that_is_no_numbers_is_refused_as_for_one_image(respond, mess
         ({"k": 5}, "between 1 and n = 4"),
         ({"which": "XX"}, "which must be one of"),
         ({"tol": 2.0}, "tol is relative"),
+        ({"callback": 3}, "callback must be a function of an image's number and its Progress, not 3"),
         ({"maxiter": 0}, "maxiter must be at least 1"),
         ({"batch": 0}, "batch must be at least 1"),
         ({"batch": 1.5}, "batch must be a whole number, not 1.5"),
