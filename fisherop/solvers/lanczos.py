@@ -32,9 +32,9 @@ from fisherop.solvers.contract import CUT, Control, Found, Matrix, Request, Step
 from fisherop.solvers.space import SearchSpace, eye, shelves
 
 BASIS_ROWS = 1500
-SAFETY = 0.9  # part of the tolerance used: tracked residuals and the certificate's differ by rounding
+SAFETY = 0.9  # part of the tolerance used: tracked residuals and the certificate's differ,
+ROUNDINGS = 20  # and that by up to so many units of rounding
 LAST = 0.1  # of the tolerance, that the last pair of an end is brought to for what it says of those beyond it
-ROUNDINGS = 20  # units of rounding, that a residual is not asked to come below
 NEAR_ZERO = 1000  # tolerances: pairs of the large end that are no larger may be null vectors in place of others
 LOOKS = 3  # more that are taken at them
 MISSED = 5e-5  # probability that a search for missed pairs overlooks one
@@ -139,8 +139,8 @@ class Pairs:
 
     def __init__(self, request: Request, width: int, seen: int, dtype: torch.dtype) -> None:
         self.request, self.width, self.seen = request, width, seen
-        self.limit = SAFETY * request.tol
-        self.eps = torch.finfo(dtype).eps
+        self.rounding = ROUNDINGS * torch.finfo(dtype).eps
+        self.limit = min(SAFETY * request.tol, max(request.tol - self.rounding, request.tol / 2))
         self.lambda_max = 0.0
         self.residuals = torch.full((request.k,), math.inf, dtype=torch.float64, device="cpu")
         self.values: Matrix = torch.zeros(0, dtype=torch.float64, device="cpu")
@@ -224,7 +224,7 @@ class Pairs:
         small part of the vector sought: the nearer to it, the better they are told apart. Nothing is beyond zero.
         """
         limits = torch.full_like(self.residuals, self.limit)
-        strict = max(LAST * self.limit, min(self.limit, ROUNDINGS * self.eps))
+        strict = max(LAST * self.limit, min(self.limit, self.rounding))
         if self.request.largest:
             limits[self.request.largest - 1] = strict
         if self.request.smallest and self.ends[1] > self.slack:
