@@ -33,7 +33,7 @@ from fisherop import images, models
 from fisherop.eigen import WHICH
 from fisherop.solvers import BACKENDS, Progress
 from fisherop.surveys import config
-from fisherop.surveys.cells import fingerprint
+from fisherop.surveys.fingerprints import fingerprint
 
 CONVERGED, NOT_CONVERGED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 

@@ -30,7 +30,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fisherop as fo
-from fisherop.surveys.cells import fingerprint, seed_of
+from fisherop.surveys.cells import seed_of
+from fisherop.surveys.fingerprints import fingerprint
 from fisherop.surveys.store import Store
 from fisherop.surveys.work import TUNING
 

@@ -16,7 +16,8 @@ from fisherop.compare import threshold_table
 from fisherop.models import Layer
 from fisherop.noise import Gaussian, Noise
 from fisherop.operators import FisherOperator
-from fisherop.surveys.cells import CALLED_OUTPUT, OUTPUT, build, fingerprint, seed_of, weights_of
+from fisherop.surveys.cells import CALLED_OUTPUT, OUTPUT, build, seed_of, weights_of
+from fisherop.surveys.fingerprints import fingerprint
 from fisherop.surveys.opened import Record, Survey, _imported
 from fisherop.surveys.work import TUNING
 

@@ -46,7 +46,7 @@ from typing import Any
 import torch
 
 from fisherop import images, noise
-from fisherop.surveys.cells import MODEL_FILES
+from fisherop.surveys.fingerprints import MODEL_FILES
 
 _SETTINGS = ("k", "which", "method", "tol", "maxiter", "spectrum", "threads")
 _TOP = {*_SETTINGS, "store", "layers", "seed", "models", "images", "noise", "run"}
