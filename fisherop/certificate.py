@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fisherop.maps import noise_floor
 from fisherop.result import Eigendistortions
-from fisherop.rows import INDEFINITE, RowOperator, noise_floor, row_norms, unit
+from fisherop.rows import INDEFINITE, RowOperator, row_norms, unit
 from fisherop.solvers.contract import (
     Found,
     Request,
@@ -27,6 +28,7 @@ from fisherop.solvers.contract import (
     run,
     scale_fault,
     symmetric,
+    value_rounding,
 )
 
 PROBE_STEPS = 60
@@ -95,7 +97,7 @@ def certify_steps(
         pairs = improved if missed else pairs
         _check_semidefinite(op, pairs)
         lambda_max = max(lambda_max, pairs.lambda_max)
-    blur = 32 * torch.finfo(op.dtype).eps * lambda_max * (1.0 if op.metric is None else op.metric.amplification)
+    blur = value_rounding(op.dtype, lambda_max) * (1.0 if op.metric is None else op.metric.amplification)
     bounds = torch.stack([pairs.values - pairs.norms - blur, pairs.values + pairs.norms + blur], dim=1).clamp(min=0)
     residuals = pairs.norms / lambda_max if lambda_max > 0 else torch.zeros_like(pairs.norms)
     fault = scale_fault(op.dtype, lambda_max)

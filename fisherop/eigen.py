@@ -20,9 +20,9 @@ from torch import Tensor
 
 from fisherop import certificate, metric
 from fisherop.linearize import exact_arithmetic
-from fisherop.maps import real, whole
+from fisherop.maps import noise_floor, real, whole
 from fisherop.result import ConvergenceWarning, Eigendistortions
-from fisherop.rows import RowOperator, noise_floor, stream
+from fisherop.rows import RowOperator, stream
 from fisherop.solvers import BACKENDS, ON_CUDA, Backend, Control, Progress, Request, exact, lobpcg
 from fisherop.solvers.contract import rows_in_memory, scale_fault, tolerance
 
@@ -212,11 +212,9 @@ def known(name: Any, names: tuple[str, ...], what: str) -> str:
 
 def advice(result: Eigendistortions, control: Control, method: str, doubt: str, note: str = "") -> str:
     """Return why a result is not all that was asked for, and what to change."""
-    if result.converged.all() and note:
-        return f"all {len(result)} pairs are eigenpairs, but {note}"
     if result.converged.all():
         remedy = "let the callback go on" if control.stopped else "raise maxiter"
-        return f"all {len(result)} pairs are eigenpairs, but {method!r} was {doubt}: {remedy}"
+        return f"all {len(result)} pairs are eigenpairs, but " + (note or f"{method!r} was {doubt}: {remedy}")
     fault = scale_fault(control.op.dtype, result.lambda_max)
     if fault:
         return f"no pair can be judged, for {fault}: rescale the model's response"

@@ -138,7 +138,6 @@ def eigendistortions_many(
     checked_image(model, stacked[:1])
     with buffers_kept(model):
         _check_each(model, stacked, noise)
-    with buffers_kept(model):
         size = min(count, batch or _batch_size(model, stacked))
     answers: list[tuple[Eigendistortions, str]] = []
     tuning: dict[str, Any] | None = None

@@ -50,6 +50,11 @@ def row_products(matrix: Any, like: Tensor) -> tuple[Product, Product]:
     return (lambda rows: _on_host(matrix, rows)), (lambda rows: _on_host(matrix.T, rows))
 
 
+def noise_floor(dtype: torch.dtype) -> float:
+    """Return what products may err by, relative to their size: some carry errors of their own, as of a simulation."""
+    return max(1e3 * torch.finfo(dtype).eps, 1e-5)
+
+
 def real(x: Any, name: str) -> Tensor:
     """Return numbers in float64, where they lie, whatever holds them: a tensor, an array, a number or a list.
 

@@ -26,7 +26,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from fisherop.linearize import Product
-from fisherop.maps import dense_columns, is_matrix, real, row_products
+from fisherop.maps import dense_columns, is_matrix, noise_floor, real, row_products
 
 __all__ = ["Bernoulli", "Categorical", "Custom", "Gaussian", "Noise", "Poisson", "Precision"]
 
@@ -477,8 +477,7 @@ def _probes(response: Tensor) -> tuple[Tensor, float]:
     """Return two Gaussian rows, always the same, and what rounding may do relative to their products."""
     source = torch.Generator("cpu").manual_seed(0)
     rows = torch.randn(2, response.numel(), generator=source, dtype=torch.float64, device="cpu")
-    # Loose enough for operators that carry errors of their own, as iterative solvers do.
-    return rows.to(response), max(1e3 * torch.finfo(response.dtype).eps, 1e-5)
+    return rows.to(response), noise_floor(response.dtype)
 
 
 def _check_precision(precision: Precision, response: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fisherop import gpu
 from fisherop.algebra import NUMPY_DTYPE, TensorOperator
 from fisherop.linearize import Product
-from fisherop.maps import row_products
+from fisherop.maps import noise_floor, row_products
 from fisherop.operators import InformationOperator
 
 if TYPE_CHECKING:
@@ -176,11 +176,6 @@ class RowOperator:
 
 
 INDEFINITE = "the operator is not positive semidefinite: v'Fv is negative for some v"
-
-
-def noise_floor(dtype: torch.dtype) -> float:
-    """Return what products may err by, relative to their size: some carry noise of their own, as of a simulation."""
-    return max(1e3 * torch.finfo(dtype).eps, 1e-5)
 
 
 def row_norms(rows: Tensor) -> Tensor:

@@ -264,6 +264,11 @@ def scale_fault(dtype: torch.dtype, lambda_max: float) -> str:
     return f"the largest eigenvalue, {lambda_max:.1e}, is outside {name}'s room of {low:.0e} to {high:.0e}"
 
 
+def value_rounding(dtype: torch.dtype, lambda_max: float) -> float:
+    """Return what rounding may do to a Ritz value."""
+    return float(32 * torch.finfo(dtype).eps * lambda_max)
+
+
 def rounding(op: RowOperator) -> float:
     """Return the level, relative to the largest eigenvalue, below which rounding cannot tell an eigenvalue from zero.
 

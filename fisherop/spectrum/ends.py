@@ -13,10 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from fisherop.certificate import DOUBT, outer
 from fisherop.rows import RowOperator
+from fisherop.solvers.contract import value_rounding
 from fisherop.spectrum.estimate import Estimate, exactly, planned
 from fisherop.spectrum.moments import check_scale, eigenvalues, exact_products, sphere
 from fisherop.spectrum.quadrature import checked_steps, gauss, lanczos, rounding
@@ -136,7 +136,7 @@ def _ends(op: Any, steps: int | None, rng: Any) -> tuple[Estimate, Estimate]:
     low, high = smallest, largest
     if beta[0, -1] > 0:
         low, high = -outer(-values[::-1], list(beta[0]), operator.n), outer(values, list(beta[0]), operator.n)
-    blur = 32 * torch.finfo(operator.dtype).eps * largest  # as in the certificate
+    blur = value_rounding(operator.dtype, largest)
     words = f"{len(values)} Lanczos steps; the outer bound holds with probability {1 - DOUBT:g}."
     end = Estimate(smallest, np.nan, operator.n_matvec, max(0.0, low - blur), smallest + blur, 1, message=words)
     if operator.m is not None and operator.m < operator.n:

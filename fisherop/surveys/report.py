@@ -222,7 +222,7 @@ def _spectra(survey: Survey) -> str:
 
 
 def _whole(record: Record) -> bool:
-    return bool(record.spectrum) and "eigenvalues" in (record.spectrum or {})
+    return "eigenvalues" in (record.spectrum or {})
 
 
 def _positive(record: Record) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

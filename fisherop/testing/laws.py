@@ -130,8 +130,8 @@ def assert_adjoint(op: Any, *, rng: Any = 0, rtol: float | None = None, atol: fl
         "rmatvec multiplies by A, or by the transpose without its conjugate; a step of matvec (padding, a mask, a "
         "scale, units) is missing in rmatvec; one of them is nonlinear or coarser than its dtype"
     )
-    unit = right / (norm(right) or 1.0)
-    factor = np.vdot(unit, left) / (norm(right) or 1.0)
+    length = norm(right) or 1.0
+    factor = np.vdot(right / length, left) / length
     if factor and (abs(left - factor * right) <= tolerance).all():
         causes = f"rmatvec lacks the factor {np.conj(factor):.9g}, by which alone it is wrong"
     i, j = np.unravel_index(np.argmax(abs(left - right)), left.shape)
@@ -449,18 +449,20 @@ def _assert_apart(probe: Probe, name: str, product: Callable[[Any], Any], x: Any
             f"returns a read-only array from {name}, and solvers such as LOBPCG write into products",
             "a broadcast array, or a view of a constant: return a copy",
         )
-    for written in (False, True):
-        if written:
-            first[...] = 0
-        error = float(abs(product(x) - kept).max()) if np.size(kept) else 0.0
-        if not error <= probe.tolerance():
-            by = f"by {error:.3g} where the tolerance is {probe.tolerance():.3g}"
-            if written:
-                probe.fail(
-                    f"shares memory: writing into what {name} returned changes its next product, {by}",
-                    "a product that is kept and returned again, or a view of the operator's own data: return a copy",
-                )
-            probe.fail(f"gives another {name} of the same vector, {by}", "it is random, or keeps state between calls")
+    if change := _change(probe, product(x), kept):
+        probe.fail(f"gives another {name} of the same vector, {change}", "it is random, or keeps state between calls")
+    first[...] = 0
+    if change := _change(probe, product(x), kept):
+        probe.fail(
+            f"shares memory: writing into what {name} returned changes its next product, {change}",
+            "a product that is kept and returned again, or a view of the operator's own data: return a copy",
+        )
+
+
+def _change(probe: Probe, again: Any, kept: Any) -> str:
+    """Say by how much a product has changed; empty where it has not, but for rounding."""
+    error = float(abs(again - kept).max()) if np.size(kept) else 0.0
+    return "" if error <= probe.tolerance() else f"by {error:.3g} where the tolerance is {probe.tolerance():.3g}"
 
 
 def _copy(x: Any) -> Any:
